@@ -1,0 +1,92 @@
+"""What a generation file says: how its checkpoints are recognised, read and named, and which were published."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from glm.checkpoint import Packing, Stored
+from glm.errors import ConfigError
+from glm.spec import Spec
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Name:
+    """One line of a tensor-name table: the module `file` of a checkpoint is (part of) the module `ours`.
+
+    `{i}` stands for the layer. `rows` says which rows of our tensors it is, `packing` in which order they lie
+    on disk; None is all rows, as they are. Every tensor of a module (weight, bias, scale) goes by the same line.
+    """
+
+    file: str
+    ours: str
+    rows: Callable[[Spec], slice] | None = None
+    packing: Callable[[Spec, Config], Packing | None] | None = None
+
+
+@dataclass(frozen=True)
+class Release:
+    """A published checkpoint: its hub id, complete spec, the dtype and number of files it was published in."""
+
+    name: str
+    hub: str
+    year: int
+    spec: Spec
+    dtype: torch.dtype
+    shards: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One family of checkpoints that share a config format and a table of tensor names.
+
+    `spec(config, name)` reads a config.json (`name` is the folder's, for what the config leaves out) and raises
+    ConfigError; `config(spec, dtype)` writes it back. `ignorable` are patterns of tensor names that published
+    files carry and the model does not use.
+    """
+
+    name: str
+    recognises: Callable[[Config], bool]
+    spec: Callable[[Config, str], Spec]
+    config: Callable[[Spec], dict[str, Any]]
+    names: tuple[Name, ...]
+    ignorable: tuple[str, ...]
+    releases: tuple[Release, ...]
+
+    def table(self, spec: Spec, config: Config, parameters: Iterable[str]) -> list[Stored]:
+        """Where each of our `parameters` lies on disk, in the order of the parameters."""
+        return list(stored(self.names, spec, config, parameters))
+
+
+def stored(names: Iterable[Name], spec: Spec, config: Config, parameters: Iterable[str]) -> Iterator[Stored]:
+    """The lines of `names` applied to every parameter. Raises ConfigError for one that has no line."""
+    lines: dict[str, list[Name]] = {}
+    for name in names:
+        lines.setdefault(name.ours, []).append(name)
+    for parameter in parameters:
+        module, _, tensor = parameter.rpartition(".")
+        if parameter == "head.weight" and spec.tied:
+            continue  # it is the embedding, which is stored
+        layer = re.match(r"blocks\.(\d+)\.", module)
+        number = layer[1] if layer else ""
+        template = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", module)
+        if template not in lines:
+            raise ConfigError(f"this format has no name for {parameter}: it cannot hold such a model")
+        for name in lines[template]:
+            yield Stored(
+                name=f"{name.file.replace('{i}', number)}.{tensor}",
+                parameter=parameter,
+                index=() if name.rows is None else (name.rows(spec),),
+                packing=None if name.packing is None else name.packing(spec, config),
+            )
+
+
+def divided(what: int, by: int, names: str) -> int:
+    """`what / by`, or a ConfigError when it does not divide."""
+    if what % by:
+        raise ConfigError(f"config.json: {names}: {what} is not a multiple of {by}")
+    return what // by

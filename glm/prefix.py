@@ -1,0 +1,41 @@
+"""A learned prefix: keys and values that stand before the first token of every layer.
+
+P-Tuning v2 (Liu et al. 2021, arXiv:2110.07602) trains only these and leaves the model alone. They are not rotated,
+take up no positions and are seen by every token.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """`length` learned tokens, embedded as they are or `projected`: (width of the embedding, of the hidden layer)."""
+
+    length: int
+    projected: tuple[int, int] | None
+
+    def build(self, layers: int, groups: int, head_width: int) -> nn.Module:
+        """A module that returns, called with nothing, the (k, v) of each layer."""
+        return PrefixModule(self, layers, groups, head_width)
+
+
+class PrefixModule(nn.Module):
+    """An embedding of `length` rows, projected if the spec says so, cut into keys and values of all layers."""
+
+    def __init__(self, spec: Prefix, layers: int, groups: int, head_width: int) -> None:
+        super().__init__()
+        self.shape = (layers, 2, groups, head_width)
+        outputs = 2 * layers * groups * head_width
+        self.project: nn.Module = nn.Identity()
+        embedded = outputs
+        if spec.projected is not None:
+            embedded, hidden = spec.projected
+            self.project = nn.Sequential(nn.Linear(embedded, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
+        self.embedding = nn.Embedding(spec.length, embedded)
+
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each layer (k, v), each [1, G, p, K]."""
+        layers = self.project(self.embedding.weight).unflatten(-1, self.shape).permute(1, 2, 3, 0, 4)
+        return [(k[None], v[None]) for k, v in layers]  # [1 G p K]
