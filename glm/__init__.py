@@ -1,7 +1,7 @@
 """The GLM family of language models in readable PyTorch.
 
-    model = glm.GLM.from_pretrained("THUDM/chatglm3-6b")
-    tok = glm.Tokenizer.from_pretrained("THUDM/chatglm3-6b")
+    model = glm.GLM.from_pretrained("zai-org/chatglm3-6b")
+    tok = glm.Tokenizer.from_pretrained("zai-org/chatglm3-6b")
     ids = tok.chat([{"role": "user", "content": "What is a general language model?"}])
     print(tok.decode(glm.generate(model, [ids], max_new_tokens=200, stop=tok.stop)[0]))
 
@@ -11,4 +11,95 @@ Shape letters, the same everywhere:
     T  tokens given in this call     G  groups of key heads    F  channels inside a feed-forward
     S  tokens seen: cached and new   K  channels of a head     L  layers
     D  width of the stream           A  position axes
+
+The names below are imported when first used, so that `import glm` itself costs nothing.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glm.cache import Cache
+    from glm.embedded import embedded
+    from glm.errors import (
+        CacheError,
+        CheckpointError,
+        ConfigError,
+        GenerationError,
+        GLMError,
+        LayoutError,
+        MemoryFitError,
+        PromptError,
+        TokenizerError,
+    )
+    from glm.export import save_pretrained
+    from glm.family import release, releases
+    from glm.generation import generate, stream
+    from glm.layout import Layout
+    from glm.model import GLM
+    from glm.spec import Block, Spec
+    from glm.synthesize import synthesize
+    from glm.tokenizer import Tokenizer
+    from glm.verify import verify
+
+HOMES = {
+    "glm.cache": ("Cache",),
+    "glm.embedded": ("embedded",),
+    "glm.errors": (
+        "CacheError",
+        "CheckpointError",
+        "ConfigError",
+        "GLMError",
+        "GenerationError",
+        "LayoutError",
+        "MemoryFitError",
+        "PromptError",
+        "TokenizerError",
+    ),
+    "glm.export": ("save_pretrained",),
+    "glm.family": ("release", "releases"),
+    "glm.generation": ("generate", "stream"),
+    "glm.layout": ("Layout",),
+    "glm.model": ("GLM",),
+    "glm.spec": ("Block", "Spec"),
+    "glm.synthesize": ("synthesize",),
+    "glm.tokenizer": ("Tokenizer",),
+    "glm.verify": ("verify",),
+}
+HOME = {name: home for home, names in HOMES.items() for name in names}
+
+__all__ = [
+    "GLM",
+    "Block",
+    "Cache",
+    "CacheError",
+    "CheckpointError",
+    "ConfigError",
+    "GLMError",
+    "GenerationError",
+    "Layout",
+    "LayoutError",
+    "MemoryFitError",
+    "PromptError",
+    "Spec",
+    "Tokenizer",
+    "TokenizerError",
+    "embedded",
+    "generate",
+    "release",
+    "releases",
+    "save_pretrained",
+    "stream",
+    "synthesize",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOME:
+        raise AttributeError(f"module 'glm' has no attribute {name!r}")
+    return getattr(import_module(HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

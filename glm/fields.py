@@ -1,9 +1,10 @@
 """JSON written by strangers: read strictly, then field by field, every value within bounds.
 
-A `config.json`, an index of shards and a safetensors header all decide how much memory is asked for and which
-files are opened, so none of them is believed. `read_object` bounds what parsing may cost (bytes, values, nesting)
-and refuses what JSON readers disagree about: duplicate keys, NaN and Infinity, numbers that overflow.
-`Fields` then hands out one value at a time, of one type, within bounds, or a ConfigError that names file and field.
+A `config.json`, an index of shards and a safetensors header decide how much memory is asked for and which
+files are opened, so none of them is believed. `read_object` bounds what parsing may cost (bytes, values,
+nesting) and refuses what JSON readers disagree about: keys given twice, NaN and Infinity, numbers too big.
+`Fields` then hands out one value at a time, of one type, within bounds, or raises a ConfigError that names
+file and field.
 
     f = Fields(read_object(folder / "config.json"), "config.json")
     f.integer("num_layers", 1, 1000)
@@ -13,6 +14,8 @@ and refuses what JSON readers disagree about: duplicate keys, NaN and Infinity, 
 import json
 import math
 import os
+import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,15 +25,17 @@ from glm.errors import CheckpointError, ConfigError
 
 JSON_BYTES = 16 << 20  # the largest published index (GLM-4.5, 45 000 tensors) has 5 MB
 JSON_VALUES = 1_000_000  # an empty list is two bytes on disk and 64 in memory
-NUMBER_CHARACTERS = 40
+DIGITS = 40
 
 T = TypeVar("T")
+
+BRIEF: Final = reprlib.Repr()
+BRIEF.maxstring = BRIEF.maxother = 100
 
 
 def shown(value: object) -> str:
     """`value` as it may stand in an error message: quoted, on one line, printable and short."""
-    text = ascii(value) if isinstance(value, str) else repr(value)
-    return text if len(text) <= 120 else f"{text[:80]} … {text[-20:]}"
+    return BRIEF.repr(value)
 
 
 def read_object(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
@@ -48,25 +53,19 @@ def read_object(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
 
 
 def parse_object(data: bytes, source: str, limit: int = JSON_BYTES) -> dict[str, Any]:
-    """The JSON object that `data` spells in UTF-8; `source` names it in the CheckpointError it otherwise raises."""
+    """The JSON object that `data` spells in UTF-8; anything else is a CheckpointError that names `source`."""
 
     def refuse(why: str) -> NoReturn:
         raise CheckpointError(f"{source}: {why}")
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            refuse(f"the key {shown(twice)} stands there twice")
+        if len(found := dict(pairs)) < len(pairs):
+            [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+            refuse(f"the key {shown(name)} stands there twice")
         return found
 
     def whole(digits: str) -> int:
-        return (
-            int(digits)
-            if len(digits) <= NUMBER_CHARACTERS
-            else refuse(f"the number {shown(digits)} is too long")
-        )
+        return int(digits) if len(digits) <= DIGITS else refuse(f"the number {shown(digits)} is too big")
 
     def real(digits: str) -> float:
         return x if math.isfinite(x := float(digits)) else refuse(f"the number {shown(digits)} overflows")
@@ -100,7 +99,7 @@ REQUIRED: Final = Required()
 
 
 class Fields:
-    """The fields of one JSON object. A field that is absent or null takes its default; without one it is an error."""
+    """The fields of one JSON object. An absent or null one takes its default; without one it is an error."""
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self.values = values

@@ -54,7 +54,9 @@ class Layout:
 
     def _set(self, positions: Tensor, keys: int) -> None:
         if positions.dim() != 3 or positions.is_floating_point():
-            raise LayoutError(f"positions must be integers [B, T, A], not {positions.dtype} {list(positions.shape)}")
+            raise LayoutError(
+                f"positions must be integers [B, T, A], not {positions.dtype} {list(positions.shape)}"
+            )
         if keys < positions.shape[1]:
             raise LayoutError(f"{positions.shape[1]} queries cannot be the newest of {keys} keys")
         self.positions = positions
@@ -65,7 +67,12 @@ class Layout:
 
     @classmethod
     def rule(
-        cls, positions: Tensor, keys: int | None = None, *, start: Tensor | None = None, prefix: Tensor | None = None
+        cls,
+        positions: Tensor,
+        keys: int | None = None,
+        *,
+        start: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> "Layout":
         """The rule of this file: positions [B, T, A], `keys` S (default T), `start` and `prefix` [B] or None."""
         layout = cls.__new__(cls)
@@ -256,7 +263,9 @@ LayoutRule = Causal | Blank
 def padded(positions: Tensor, real: Tensor, prefix: Tensor | None) -> Layout:
     """The rule for rows with padding: on the left it is a `start`, anywhere else it is written out."""
     if real.dtype != torch.bool or real.shape != positions.shape[:2]:
-        raise LayoutError(f"real must be bool {list(positions.shape[:2])}, not {real.dtype} {list(real.shape)}")
+        raise LayoutError(
+            f"real must be bool {list(positions.shape[:2])}, not {real.dtype} {list(real.shape)}"
+        )
     start = real.shape[1] - real.sum(-1)
     everywhere = Layout.rule(positions, start=start, prefix=prefix)
     on_the_left = torch.arange(real.shape[1], device=real.device) >= start[:, None]

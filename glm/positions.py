@@ -70,7 +70,9 @@ class Yarn:
         """The blend of ω and ω / factor, [w/2]."""
         width = 2 * len(frequencies)
 
-        def channel(turns: float) -> float:  # the (fractional) pair that makes so many turns in the original context
+        def channel(
+            turns: float,
+        ) -> float:  # the (fractional) pair that makes so many turns in the original context
             return width * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
         low, high = channel(self.beta_fast), channel(self.beta_slow)
@@ -116,7 +118,9 @@ class Rotary:
             # float64 on purpose: at position 10⁶ a float32 angle is off by 0.06 radians
             angle = positions[..., axis, None].double() * self.frequencies(width).to(positions.device)
             gain = self.scaling.gain
-            turns.append(((angle.cos() * gain).to(wider)[:, :, None], (angle.sin() * gain).to(wider)[:, :, None]))
+            turns.append(
+                ((angle.cos() * gain).to(wider)[:, :, None], (angle.sin() * gain).to(wider)[:, :, None])
+            )
         return Rotation(turns, self.widths, self.pairing)
 
 

@@ -27,9 +27,9 @@ def recognise(config: Mapping[str, Any]) -> Generation:
 
 
 def generation_of(name: str) -> Generation:
-    """The generation that published the release `name`."""
+    """The generation that published the release `name` (in any case). Raises GLMError with the names there are."""
     for generation in GENERATIONS:
-        if any(release.name == name for release in generation.releases):
+        if any(release.name == name.lower() for release in generation.releases):
             return generation
     raise GLMError(f"no release is called {name!r}; the names are {', '.join(releases())}")
 
@@ -42,4 +42,4 @@ def releases() -> dict[str, Release]:
 def release(name: str) -> Release:
     """The release called `name`. Raises GLMError with the names there are."""
     generation_of(name)
-    return releases()[name]
+    return releases()[name.lower()]

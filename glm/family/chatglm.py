@@ -18,7 +18,7 @@ from glm.family.generation import Config, Generation, Name, Release, divided
 from glm.feed_forward import FeedForward
 from glm.fields import Fields
 from glm.layout import Blank
-from glm.linear import Dense, RowScaled
+from glm.linear import Dense, RowScaled, Weights
 from glm.norms import LayerNorm
 from glm.positions import Plain, Rotary
 from glm.prefix import Prefix
@@ -86,6 +86,7 @@ def spec(config: Config, name: str) -> Spec:
     bits = f.choice("quantization_bit", (0, 4, 8), default=0)
     if f.flag("quantization_embeddings", default=False):
         raise ConfigError("config.json: quantization_embeddings: integer embeddings are not supported")
+    sop = f.integer("bos_token_id", 4, 1 << 22)
     base = build(
         layers=f.integer("num_layers", 1, 1000),
         width=f.integer("hidden_size", 1, 1 << 17),
@@ -95,9 +96,9 @@ def spec(config: Config, name: str) -> Spec:
         context=f.integer("max_sequence_length", 1, 1 << 30),
         eps=f.number("layernorm_epsilon", 0, 1),
         two_axes=f.flag("position_encoding_2d", default=True),
-        sop=f.integer("bos_token_id", 0, 1 << 22),
-        mask=f.integer("mask_token_id", 0, 1 << 22),
-        gmask=f.integer("gmask_token_id", 0, 1 << 22),
+        sop=sop,  # the first release's config leaves out the masks, which stood at the same distance from it
+        mask=f.integer("mask_token_id", 0, 1 << 22, default=sop - 4),
+        gmask=f.integer("gmask_token_id", 0, 1 << 22, default=sop - 3),
         pad=f.integer("pad_token_id", 0, 1 << 22) if "pad_token_id" in f else None,
         stop=f.ids("eos_token_id"),
     )
@@ -160,29 +161,46 @@ NAMES = (
     Name("lm_head", "head"),
 )
 
-V1_1 = build(
-    layers=28,
-    width=4096,
-    inner=16384,
-    heads=32,
-    vocabulary=130528,
-    context=2048,
-    eps=1e-5,
-    two_axes=True,
-    sop=130004,
-    mask=130000,
-    gmask=130001,
-    pad=3,
-    stop=(130005,),
-)
 
+def published(vocabulary: int, sop: int, pad: int, weights: Weights = Dense()) -> Spec:
+    """ChatGLM-6B with the vocabulary and special ids of one release."""
+    base = build(
+        layers=28,
+        width=4096,
+        inner=16384,
+        heads=32,
+        vocabulary=vocabulary,
+        context=2048,
+        eps=1e-5,
+        two_axes=True,
+        sop=sop,
+        mask=sop - 4,
+        gmask=sop - 3,
+        pad=pad,
+        stop=(sop + 1,),
+    )
+    return replace(base, weights=weights)
+
+
+HALF = torch.float16
 RELEASES = (
-    Release("chatglm-6b", "THUDM/chatglm-6b", 2023, V1_1, torch.float16, 8),
+    Release("chatglm-6b-v1.0", "THUDM/chatglm-6b", 2023, published(150528, 150004, 20003), HALF, 8),
+    Release("chatglm-6b", "zai-org/chatglm-6b", 2023, published(130528, 130004, 3), HALF, 8),
     Release(
-        "chatglm-6b-int8", "THUDM/chatglm-6b-int8", 2023, replace(V1_1, weights=RowScaled(8)), torch.float16, 1
+        "chatglm-6b-int8",
+        "zai-org/chatglm-6b-int8",
+        2023,
+        published(130528, 130004, 3, RowScaled(8)),
+        HALF,
+        1,
     ),
     Release(
-        "chatglm-6b-int4", "THUDM/chatglm-6b-int4", 2023, replace(V1_1, weights=RowScaled(4)), torch.float16, 1
+        "chatglm-6b-int4",
+        "zai-org/chatglm-6b-int4",
+        2023,
+        published(130528, 130004, 3, RowScaled(4)),
+        HALF,
+        1,
     ),
 )
 

@@ -55,7 +55,9 @@ def build(
     block = Block(
         wiring=wiring,
         norm=norm,
-        mixer=Attention(heads=heads, groups=groups, head_width=head_width, qkv_bias=qkv_bias, out_bias=linear_bias),
+        mixer=Attention(
+            heads=heads, groups=groups, head_width=head_width, qkv_bias=qkv_bias, out_bias=linear_bias
+        ),
         feed_forward=FeedForward(inner=inner, branches=("silu", "identity"), bias=linear_bias),
     )
     return Spec(
@@ -76,9 +78,18 @@ def build(
     )
 
 
-def divides_positions(config: Config, name: str) -> bool:
-    """Whether `rope_ratio` divides positions: only in ChatGLM2, which no field but its name tells from ChatGLM3."""
-    return "chatglm2" in f"{config.get('_name_or_path', '')} {name}".lower()
+def divides_positions(config: Config, name: str, ratio: float) -> bool:
+    """Whether `rope_ratio` divides positions, as only ChatGLM2 does.
+
+    No field tells it from ChatGLM3: the name in the config does, else the folder's `name`, else the ratio itself,
+    which was 16 in the one release that divides and 50 or more in all that multiply.
+    """
+    for known in (str(config.get("_name_or_path", "")).lower(), name.lower()):
+        if "chatglm2" in known:
+            return True
+        if any(other in known for other in ("chatglm3", "glm-4", "glm4", "codegeex")):
+            return False
+    return ratio == 16
 
 
 def spec(config: Config, name: str) -> Spec:
@@ -91,7 +102,7 @@ def spec(config: Config, name: str) -> Spec:
     shared = f.flag("multi_query_attention", default=True)
     eps = f.number("layernorm_epsilon", 0, 1)
     ratio = f.number("rope_ratio", 1e-6, 1e9, default=1.0)
-    divide = divides_positions(config, name) and ratio != 1
+    divide = ratio != 1 and divides_positions(config, name, ratio)
     linear_bias = f.flag("add_bias_linear", default=False)
     base = build(
         layers=f.integer("num_layers", 1, 1000),
@@ -179,7 +190,9 @@ NAMES = (
     Name("transformer.prefix_encoder.trans.2", "prefix.project.2"),
     Name("transformer.encoder.layers.{i}.input_layernorm", "blocks.{i}.wire_mixer.before"),
     Name(
-        "transformer.encoder.layers.{i}.self_attention.query_key_value", "blocks.{i}.mixer.qkv", packing=qkv_packing
+        "transformer.encoder.layers.{i}.self_attention.query_key_value",
+        "blocks.{i}.mixer.qkv",
+        packing=qkv_packing,
     ),
     Name("transformer.encoder.layers.{i}.self_attention.dense", "blocks.{i}.mixer.out"),
     Name("transformer.encoder.layers.{i}.post_attention_layernorm", "blocks.{i}.wire_feed_forward.before"),
@@ -189,7 +202,77 @@ NAMES = (
     Name("transformer.output_layer", "head"),
 )
 
-RELEASES: tuple[Release, ...] = ()
+
+def published_6b(context: int, base: float = 1e4, scaling: Scaling = Plain(), pad: int | None = 0) -> Spec:
+    """The shape shared by ChatGLM2-6B, ChatGLM3-6B and CodeGeeX2-6B."""
+    return build(
+        layers=28,
+        width=4096,
+        inner=13696,
+        heads=32,
+        groups=2,
+        head_width=128,
+        vocabulary=65024,
+        context=context,
+        norm=RMSNorm(1e-5, weight_first=True),
+        base=base,
+        scaling=scaling,
+        pad=pad,
+        stop=(2,),
+    )
+
+
+def published_9b(context: int, base: float, groups: int = 2) -> Spec:
+    """The shape shared by the GLM-4-9B releases."""
+    return build(
+        layers=40,
+        width=4096,
+        inner=13696,
+        heads=32,
+        groups=groups,
+        head_width=128,
+        vocabulary=151552,
+        context=context,
+        norm=RMSNorm(1.5625e-07, weight_first=True),
+        base=base,
+        scaling=Plain(),
+        pad=151329,
+        stop=(151329, 151336, 151338),
+    )
+
+
+def int4(spec: Spec) -> Spec:
+    """The same with its blocks' matrices in four bits."""
+    return replace(spec, weights=RowScaled(4))
+
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+CHATGLM2 = published_6b(32768)
+CODEGEEX2 = published_6b(8192, pad=None)
+RELEASES = (
+    Release("chatglm2-6b", "zai-org/chatglm2-6b", 2023, CHATGLM2, HALF, 7),
+    Release("chatglm2-6b-int4", "THUDM/chatglm2-6b-int4", 2023, int4(CHATGLM2), HALF, 1),
+    Release(
+        "chatglm2-6b-32k",
+        "THUDM/chatglm2-6b-32k",
+        2023,
+        published_6b(32768, scaling=Interpolation(16.0)),
+        HALF,
+        7,
+    ),
+    Release("codegeex2-6b", "THUDM/codegeex2-6b", 2023, CODEGEEX2, BRAIN, 7),
+    Release("codegeex2-6b-int4", "THUDM/codegeex2-6b-int4", 2023, int4(CODEGEEX2), HALF, 1),
+    Release("chatglm3-6b", "zai-org/chatglm3-6b", 2023, published_6b(8192), HALF, 7),
+    Release("chatglm3-6b-base", "THUDM/chatglm3-6b-base", 2023, published_6b(32768), HALF, 7),
+    Release("chatglm3-6b-32k", "zai-org/chatglm3-6b-32k", 2023, published_6b(32768, base=5e5), HALF, 7),
+    Release("chatglm3-6b-128k", "THUDM/chatglm3-6b-128k", 2024, published_6b(131072, base=5e6), HALF, 7),
+    Release("glm-4-9b", "zai-org/glm-4-9b", 2024, published_9b(8192, 1e4), BRAIN, 10),
+    Release("glm-4-9b-chat", "zai-org/glm-4-9b-chat", 2024, published_9b(131072, 5e6), BRAIN, 10),
+    Release(
+        "glm-4-9b-chat-1m", "zai-org/glm-4-9b-chat-1m", 2024, published_9b(1048576, 1e8, groups=4), BRAIN, 10
+    ),
+    Release("codegeex4-all-9b", "zai-org/codegeex4-all-9b", 2024, published_9b(131072, 5e6), BRAIN, 4),
+)
 
 GENERATION = Generation(
     name="chatglm2",

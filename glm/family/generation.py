@@ -61,6 +61,11 @@ class Generation:
         """Where each of our `parameters` lies on disk, in the order of the parameters."""
         return list(stored(self.names, spec, config, parameters))
 
+    def spare_head(self, spec: Spec) -> list[str]:
+        """Pattern of the head that a file may carry although the model's head is its embedding (GLM-Edge-1.5B does)."""
+        heads = [name.file for name in self.names if spec.tied and name.ours == "head"]
+        return [rf"{re.escape(head)}\.weight" for head in heads]
+
 
 def stored(names: Iterable[Name], spec: Spec, config: Config, parameters: Iterable[str]) -> Iterator[Stored]:
     """The lines of `names` applied to every parameter. Raises ConfigError for one that has no line."""

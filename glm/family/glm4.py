@@ -6,6 +6,8 @@ disk, and one difference that only half precision sees: RMSNorm casts before it 
 
 from typing import Any
 
+import torch
+
 from glm.attention import Attention
 from glm.errors import ConfigError
 from glm.family import rope
@@ -15,7 +17,7 @@ from glm.fields import Fields
 from glm.layout import Causal
 from glm.linear import Dense
 from glm.norms import RMSNorm
-from glm.positions import Rotary
+from glm.positions import Plain, Rotary
 from glm.residual import Pre, Wiring
 from glm.spec import Block, Spec
 
@@ -68,7 +70,9 @@ def spec(config: Config, name: str, wiring: Wiring = Pre()) -> Spec:
     """A config.json of model_type "glm" as a spec (of "glm4" with its wiring). Raises ConfigError."""
     f = Fields(config, "config.json")
     if "quantization_config" in config:
-        raise ConfigError("config.json: quantization_config: quantised checkpoints of this format are not supported")
+        raise ConfigError(
+            "config.json: quantization_config: quantised checkpoints of this format are not supported"
+        )
     f.choice("hidden_act", ("silu",), default="silu")
     heads = f.integer("num_attention_heads", 1, 1024)
     head_width = f.integer("head_dim", 1, 1 << 14)
@@ -150,7 +154,63 @@ NAMES = (
     Name("lm_head", "head"),
 )
 
-RELEASES: tuple[Release, ...] = ()
+
+def half_rotary(base: float) -> Rotary:
+    """Half of each head of 128 channels, in interleaved pairs."""
+    return Rotary(widths=(64,), pairing="interleaved", base=base, scaling=Plain(), rounding=None)
+
+
+def published_9b(context: int, groups: int = 2) -> Spec:
+    """GLM-4-9B as converted for this format: its configs say 10⁴ where the native ones multiply the rotary base."""
+    return build(
+        layers=40,
+        width=4096,
+        inner=13696,
+        heads=32,
+        groups=groups,
+        head_width=128,
+        vocabulary=151552,
+        context=context,
+        eps=1.5625e-07,
+        rotary=half_rotary(1e4),
+        qkv_bias=True,
+        pad=151329,
+        stop=(151329, 151336, 151338),
+    )
+
+
+def published_edge(layers: int, width: int, inner: int, heads: int, groups: int, tied: bool) -> Spec:
+    """GLM-Edge: whole heads rotate, no biases at all."""
+    return build(
+        layers=layers,
+        width=width,
+        inner=inner,
+        heads=heads,
+        groups=groups,
+        head_width=128,
+        vocabulary=59264,
+        context=8192,
+        eps=1e-5,
+        rotary=Rotary(widths=(128,), pairing="interleaved", base=1e4, scaling=Plain(), rounding=None),
+        qkv_bias=False,
+        pad=59246,
+        stop=(59246, 59253, 59255),
+        tied=tied,
+    )
+
+
+BRAIN = torch.bfloat16
+EDGE_SMALL = published_edge(28, 2048, 6144, 16, 4, tied=True)
+EDGE_LARGE = published_edge(40, 3072, 8192, 24, 6, tied=False)
+RELEASES = (
+    Release("glm-4-9b-hf", "zai-org/glm-4-9b-hf", 2024, published_9b(8192), BRAIN, 4),
+    Release("glm-4-9b-chat-hf", "zai-org/glm-4-9b-chat-hf", 2024, published_9b(131072), BRAIN, 4),
+    Release(
+        "glm-4-9b-chat-1m-hf", "zai-org/glm-4-9b-chat-1m-hf", 2024, published_9b(1048576, groups=4), BRAIN, 4
+    ),
+    Release("glm-edge-1.5b-chat", "zai-org/glm-edge-1.5b-chat", 2024, EDGE_SMALL, BRAIN, 1),
+    Release("glm-edge-4b-chat", "zai-org/glm-edge-4b-chat", 2024, EDGE_LARGE, BRAIN, 2),
+)
 
 GENERATION = Generation(
     name="glm4",

@@ -1,0 +1,144 @@
+"""Writes every figure that README.md, kernels/README.md and the model card quote, from the results in the repository.
+
+    python docs/tables.py            # rewrite the blocks between <!-- begin NAME --> and <!-- end NAME -->
+    python docs/tables.py --check    # exit 1 if a block is not what this script would write
+
+No figure stands in a document that does not come from a committed result file or from the package itself.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "kernels" / "results"
+DOCUMENTS = ("README.md", "kernels/README.md", "weights/README.md", "weights/tiny-glm/README.md")
+
+
+def result(name: str) -> dict[str, Any]:
+    """A committed result file."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def source(found: dict[str, Any]) -> str:
+    """One line on where figures come from."""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return f"{found['device']}, {found['cores']} cores; {versions}; commit {found['commit']}; {found['date']}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, the first column left-aligned."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
+
+
+def cpu_speed() -> str:
+    """This package against transformers on the CPU."""
+    found = result("cpu_speed")
+    head = ["context", "prefill tok/s", "transformers", "ratio", "decode tok/s", "transformers", "ratio"]
+    rows = []
+    for row in found["rows"]:
+        cells = [str(row["context"])]
+        for what in ("prefill", "decode"):
+            speeds = row[f"{what} tokens/s"]
+            best = max(value for name, value in speeds.items() if name != "glm")
+            cells += [f"{speeds['glm']:.1f}", f"{best:.1f}", f"**{row[f'{what} ratio']:.2f}×**"]
+        rows.append(cells)
+    note = (
+        f"{found['dtype']}, {found['threads']} threads, medians of {found['rounds']} rounds taken in turn in one process; "
+        f"transformers with the better of its dynamic and static cache. {source(found)}. "
+        "Written by `python kernels/bench/cpu_speed.py`."
+    )
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def load_memory() -> str:
+    """Peak memory of loading."""
+    found = result("load_memory")
+    gigabytes = {key: f"{found[key] / 1e9:.2f} GB" for key in ("weights", "largest tensor", "beyond the weights", "bound")}
+    return (
+        f"Loading `{found['release']}` ({gigabytes['weights']} in {found['dtype']}) on the CPU peaks at "
+        f"{gigabytes['beyond the weights']} beyond the weights, file pages, Python and torch included "
+        f"(bound: largest tensor + 0.5 GB = {gigabytes['bound']}), in {found['seconds']:.0f} s.\n\n"
+        f"{source(found)}. Written by `python kernels/bench/load_memory.py`."
+    )
+
+
+def releases() -> str:
+    """The family table."""
+    from glm.family import generation_of
+    from glm.family import releases as published
+    from glm.info import cache_bytes_per_token, parameters, weight_bytes
+
+    rows = []
+    for name, release in published().items():
+        rows.append(
+            [
+                f"`{name}`",
+                str(release.year),
+                f"{parameters(release.spec) / 1e9:.2f} B",
+                f"{weight_bytes(release.spec, release.dtype) / 1e9:.2f} GB",
+                f"{cache_bytes_per_token(release.spec, release.dtype) / 1024:.0f} KiB",
+                f"{release.spec.context}",
+                f"`{generation_of(name).name}`",
+            ]
+        )
+    return table(["release", "year", "parameters", "as published", "cache a token", "context", "generation file"], rows)
+
+
+def parity() -> str:
+    """What `glm verify` finds on the reference outputs in the repository."""
+    found = result("parity")
+    rows = [
+        [f"`{row['case']}`", str(row["scenarios"]), f"{row['logits']:.0e}", f"{row['hidden']:.0e}", row["greedy"]]
+        for row in found["rows"]
+    ]
+    head = ["golden", "scenarios", "logits, float64 (÷ rms)", "hidden states (absolute)", "greedy ids"]
+    return f"{table(head, rows)}\n\n{source(found)}. Written by `python docs/parity.py`."
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "cpu-speed": cpu_speed,
+    "load-memory": load_memory,
+    "releases": releases,
+    "parity": parity,
+}
+
+
+def rewritten(text: str) -> str:
+    """`text` with every block written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"<!-- begin {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end {match[1]} -->"
+
+    return re.sub(r"<!-- begin ([\w-]+) -->\n.*?<!-- end \1 -->", block, text, flags=re.S)
+
+
+def main() -> int:
+    """Rewrite or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        if not path.exists():
+            continue
+        before = path.read_text()
+        after = rewritten(before)
+        if after != before:
+            stale.append(name)
+            if not check:
+                path.write_text(after)
+    print(f"{'stale' if check else 'rewritten'}: {', '.join(stale) or 'nothing'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

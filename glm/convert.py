@@ -1,0 +1,194 @@
+"""Rewriting a checkpoint: `.bin` files to safetensors, another dtype, another release's tensor names.
+
+`.bin` files are programs for a stack machine. They are opened by one child process (`glm/convert_child.py`) and
+nowhere else in this package, with the loader that accepts tensors and refuses everything else.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm import family
+from glm.checkpoint import CONFIG, Checkpoint, Stored, inside, match, save
+from glm.errors import CheckpointError, GLMError
+from glm.family.generation import Generation
+from glm.hub import TEXTS, fetch
+from glm.model import GLM
+from glm.progress import progress_bar
+from glm.spec import leaves
+from glm.tensor_file import Outgoing, finite, read_tensor
+
+DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMATS = {"chatglm": "chatglm2", "hf": "glm4"}
+FIXED = ("*.inv_freq", "*.weight_scale", "*.e_score_correction_bias")  # a release depends on their very rounding
+ROUNDING = "weight_first"  # the one field a rename may change: seen in half precision only
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    names: str | None = None,
+    revision: str | None = None,
+    quiet: bool = False,
+) -> None:
+    """Writes the checkpoint `source` (a folder or hub id) anew as safetensors in the new folder `destination`.
+
+    dtype   "float32", "fp16" or "bf16": what floating-point tensors become; None keeps them.
+    names   "hf" or "chatglm": the tensor names and config of GLM-4-9B's two formats; None keeps the official ones.
+
+    Tokenizer files are copied. Memory stays at about one `.bin` file, or one tensor where the source is
+    safetensors. Raises GLMError: CheckpointError for a source that is malformed or holds more than tensors.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise GLMError(f"weights cannot be converted to {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if names is not None and names not in FORMATS:
+        raise GLMError(f"there are no names called {names!r}; choose one of {', '.join(FORMATS)}")
+    folder = fetch(source, revision, bin=True)
+    if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+        if names is not None:
+            raise GLMError(
+                f"{source}: names cannot be changed in .bin files; run `glm convert {source} STEP` first, "
+                f"then `glm convert STEP {destination} --names {names}`"
+            )
+        in_child(folder, Path(destination), dtype, quiet)
+        return
+    checkpoint = Checkpoint.open(folder)
+    config, tensors = (as_they_are if names is None else partial(renamed, FORMATS[names]))(checkpoint)
+    tensors = [cast(tensor, dtype) for tensor in tensors]
+    with progress_bar("converting", sum(tensor.nbytes for tensor in tensors), quiet) as progress:
+        save(
+            Path(destination),
+            in_dtype(config, dtype),
+            tensors,
+            shard_bytes=largest_file(checkpoint),
+            copies=texts(folder),
+            progress=progress,
+        )
+
+
+def in_child(folder: Path, destination: Path, dtype: str | None, quiet: bool) -> None:
+    """Has the child process do it. It ends when this process does, and whatever ends it is one CheckpointError."""
+    request = json.dumps([str(folder), str(destination), dtype, quiet])
+    package = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-m", "glm.convert_child", request],
+        stdin=subprocess.PIPE,  # never written to: it closes when this process ends
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    try:
+        assert child.stdout is not None
+        said = child.stdout.read()
+        if child.wait():
+            raise CheckpointError(said.strip() or f"{folder}: converting it ended with status {child.returncode}")
+    finally:
+        child.kill()
+        child.wait()
+
+
+def texts(folder: Path) -> list[Path]:
+    """The files beside the weights that go along: vocabularies, prompts, licences."""
+    return [
+        inside(folder, path.name)
+        for path in sorted(folder.iterdir())
+        if path.name != CONFIG and any(fnmatchcase(path.name, pattern) for pattern in TEXTS)
+    ]
+
+
+def largest_file(checkpoint: Checkpoint) -> int:
+    """Bytes of the largest weight file: the new ones are to be about as large."""
+    files: dict[Path, int] = {}
+    for info in checkpoint.tensors.values():
+        files[info.file] = files.get(info.file, 0) + info.nbytes
+    return max(1, *files.values())
+
+
+def as_they_are(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], list[Outgoing]]:
+    """The same config and tensors, for another dtype or other shards."""
+    tensors = [
+        Outgoing(name, info.dtype, info.shape, partial(checkpoint.read, name))
+        for name, info in checkpoint.tensors.items()
+    ]
+    return checkpoint.config, tensors
+
+
+def renamed(format: str, checkpoint: Checkpoint) -> tuple[Mapping[str, Any], list[Outgoing]]:
+    """The config and tensors of the same model in the format of another generation, parameter by parameter.
+
+    Raises GLMError when that format cannot say something this model needs.
+    """
+    source, target = family.recognise(checkpoint.config), named(format)
+    spec = source.spec(checkpoint.config, checkpoint.folder.name)
+    config = target.config(spec)
+    wanted, got = dict(leaves(spec)), dict(leaves(target.spec(config, "")))
+    lost = [field for field in wanted | got if wanted.get(field) != got.get(field) and not field.endswith(ROUNDING)]
+    if lost:
+        raise GLMError(f"{checkpoint.folder}: the names of {target.name} cannot hold this model: {lost[0]} is lost")
+    model = GLM(spec, device="meta")
+    parameters = model.state_dict()
+    old = source.table(spec, checkpoint.config, parameters)
+    match(model, checkpoint, old, source.ignorable)
+    parts: dict[str, list[Stored]] = {}
+    for stored in old:
+        parts.setdefault(stored.parameter, []).append(stored)
+
+    def dtype_of(parameter: str) -> torch.dtype:
+        return checkpoint.tensors[parts[parameter][0].name].dtype
+
+    @lru_cache(maxsize=1)  # q, k and v are made of one matrix, one after the other
+    def whole(parameter: str) -> Tensor:
+        tensor = torch.empty(parameters[parameter].shape, dtype=dtype_of(parameter), device="cpu")
+        for stored in parts[parameter]:
+            read_tensor(stored.name, checkpoint.tensors[stored.name], stored.on_disk(tensor))
+        return tensor
+
+    def outgoing(stored: Stored) -> Outgoing:
+        shape = stored.part(parameters[stored.parameter]).shape
+        return Outgoing(
+            stored.name,
+            dtype_of(stored.parameter),
+            tuple(shape),
+            lambda: stored.on_disk(whole(stored.parameter)).reshape(shape),
+        )
+
+    return config, [outgoing(stored) for stored in target.table(spec, config, parameters)]
+
+
+def named(generation: str) -> Generation:
+    """The generation of that name."""
+    return next(one for one in family.GENERATIONS if one.name == generation)
+
+
+def cast(tensor: Outgoing, dtype: str | None) -> Outgoing:
+    """The same tensor in the dtype asked for, checked for NaN, Inf and overflow when it is made."""
+    fixed = any(fnmatchcase(tensor.name, pattern) for pattern in FIXED)
+    keeps = dtype is None or fixed or not tensor.dtype.is_floating_point
+    final = tensor.dtype if dtype is None or keeps else DTYPES[dtype]
+
+    def made() -> Tensor:
+        result = tensor.make().to(final)
+        if not finite(result):
+            raise CheckpointError(f"the tensor {tensor.name!r} has NaN or Inf in it, or numbers too large for {dtype}")
+        return result
+
+    return Outgoing(tensor.name, final, tensor.shape, made)
+
+
+def in_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """The config, saying that its weights are `dtype`."""
+    if dtype is None:
+        return dict(config)
+    return {**config, "dtype" if "dtype" in config else "torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}

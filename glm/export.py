@@ -1,0 +1,128 @@
+"""The way back: a model, random weights, or another format's files, as a checkpoint in an official layout.
+
+All three are the same walk over a generation's table; they differ only in where a parameter's numbers come from.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm import family
+from glm.checkpoint import SHARD_BYTES, Checkpoint, Stored, match, save
+from glm.errors import ConfigError
+from glm.family.generation import Generation
+from glm.model import GLM
+from glm.norms import RMSNorm
+from glm.spec import Spec
+from glm.tensor_file import Outgoing, Progress, read_tensor
+
+Parameters = Callable[[str], Tensor]  # the name of a parameter -> its numbers
+
+
+def save_pretrained(
+    model: GLM,
+    folder: str | PathLike[str],
+    *,
+    generation: str | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    copies: Iterable[Path] = (),
+    progress: Progress | None = None,
+) -> None:
+    """Write `model` in the official layout of its generation (or of another whose format can hold it).
+
+    dtype   of the floating-point tensors; None is the model's own.
+    copies  files to take along, such as the tokenizer's.
+
+    Raises ConfigError when no such format can hold the model, GLMError when the folder is taken or cannot be written.
+    """
+    target = chosen(model.spec, generation)
+    state = model.state_dict()
+    config, tensors = exported(target, model.spec, state, state.__getitem__, dtype or model.dtype)
+    save(folder, config, tensors, shard_bytes=shard_bytes, copies=copies, progress=progress)
+
+
+def exported(
+    generation: Generation, spec: Spec, shapes: Mapping[str, Tensor], numbers: Parameters, dtype: torch.dtype
+) -> tuple[dict[str, Any], list[Outgoing]]:
+    """The config.json and the tensors of a model in the format of `generation`.
+
+    `shapes` are the model's tensors by name, possibly on the meta device; `numbers` gives one when its turn comes.
+    """
+    config = generation.config(spec) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+
+    def outgoing(stored: Stored) -> Outgoing:
+        shape = shapes[stored.parameter]
+        final = dtype if shape.is_floating_point() else shape.dtype
+        if stored.at_least is not None:
+            final = torch.promote_types(final, stored.at_least)
+        size = tuple(stored.part(shape).shape)
+        return Outgoing(
+            stored.name, final, size, lambda: stored.on_disk(numbers(stored.parameter)).reshape(size).to(final)
+        )
+
+    return config, [outgoing(stored) for stored in generation.table(spec, config, shapes)]
+
+
+def chosen(spec: Spec, name: str | None) -> Generation:
+    """The generation called `name`, or the one whose format says exactly this spec. Raises ConfigError."""
+    known = {generation.name: generation for generation in family.GENERATIONS}
+    if name is None:
+        for generation in known.values():
+            if read_back(generation, spec) == spec:
+                return generation
+        raise ConfigError(f"none of the formats {', '.join(known)} can hold this model")
+    if name not in known:
+        raise ConfigError(f"the format {name!r} is none of {', '.join(known)}")
+    again = read_back(known[name], spec)
+    if again is None or mathematics(again) != mathematics(spec):
+        raise ConfigError(f"the format {name} cannot hold this model: it differs in more than names")
+    return known[name]
+
+
+def read_back(generation: Generation, spec: Spec) -> Spec | None:
+    """What the config.json that this generation writes for `spec` reads as; None where it has no words for it."""
+    try:
+        return generation.spec(generation.config(spec), "")
+    except (ConfigError, AttributeError, AssertionError, TypeError, ValueError):
+        return None
+
+
+def mathematics(spec: Spec) -> Spec:
+    """`spec` without the order in which RMSNorm rounds: formats differ in it, and only half precision can tell."""
+
+    def exact(norm: Any) -> Any:
+        return replace(norm, weight_first=True) if isinstance(norm, RMSNorm) else norm
+
+    blocks = tuple(replace(block, norm=exact(block.norm)) for block in spec.blocks)
+    return replace(spec, blocks=blocks, final_norm=exact(spec.final_norm))
+
+
+def renamed(checkpoint: Checkpoint, name: str, generation: str) -> tuple[dict[str, Any], list[Outgoing]]:
+    """A checkpoint's config.json and tensors in the format of another generation, tensors read when their turn comes.
+
+    `name` is the checkpoint's own, as for `Generation.spec`. Raises ConfigError where the format cannot hold it.
+    """
+    source = family.recognise(checkpoint.config)
+    spec = source.spec(checkpoint.config, name)
+    model = GLM(spec, device="meta")
+    shapes = model.state_dict()
+    table = source.table(spec, checkpoint.config, shapes)
+    match(model, checkpoint, table, (*source.ignorable, *source.spare_head(spec)))
+    dtype = checkpoint.tensors[table[0].name].dtype
+
+    @lru_cache(maxsize=1)  # q, k and v are parts of one parameter
+    def numbers(parameter: str) -> Tensor:
+        parts = [stored for stored in table if stored.parameter == parameter]
+        whole = torch.empty(shapes[parameter].shape, dtype=checkpoint.tensors[parts[0].name].dtype)
+        for stored in parts:
+            read_tensor(stored.name, checkpoint.tensors[stored.name], stored.on_disk(whole))
+        return whole
+
+    return exported(chosen(spec, generation), spec, shapes, numbers, dtype)

@@ -1,0 +1,93 @@
+"""A conversation with a model: remembers what was said, asks for the next answer, hands it out as it is written."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from glm.chat import Message
+from glm.errors import PromptError
+from glm.generation import stream
+from glm.layout import Causal
+from glm.model import GLM
+from glm.tokenizer import Tokenizer
+
+PIECE = 2048  # tokens of a prompt read at once where the model allows it: bounds memory, costs no time
+
+
+class Talk:
+    """`sampling` is what `glm.stream` takes besides the prompt: temperature, top_p, seed and so on."""
+
+    def __init__(
+        self, model: GLM, tokenizer: Tokenizer, *, max_new_tokens: int, system: str | None = None, **sampling: Any
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.sampling = max_new_tokens, sampling
+        self.system: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.messages: list[Message] = []
+        self.forgotten = 0  # rounds dropped since the context was full
+        self.cut = False  # whether the last answer was ended by its length
+
+    def clear(self) -> None:
+        """Forget everything but the system message."""
+        self.messages.clear()
+
+    def ask(self, question: str) -> Iterator[str]:
+        """The answer, in pieces as they become certain.
+
+        Question and answer are then part of the conversation; of an answer that is not read to its end (because
+        the iterator was closed or interrupted), what there was of it. When the context is full, the oldest rounds
+        are forgotten. Raises PromptError for a question that does not even fit alone.
+        """
+        prompt = self.prompt(question)
+        ids: list[int] = []
+        try:
+            yield from self.told(self.written(prompt, ids))
+        finally:
+            if ids:
+                self.messages += [{"role": "user", "content": question}, self.tokenizer.parse(ids)]
+
+    def prompt(self, question: str) -> list[int]:
+        """The conversation up to `question` as ids, with room for an answer of a quarter of the context."""
+        context = self.model.spec.context
+        room = min(self.max_new_tokens, context // 4)
+        while True:
+            asked = [*self.system, *self.messages, {"role": "user", "content": question}]
+            ids = self.tokenizer.chat(asked)
+            if len(ids) + room <= context:
+                return ids
+            if not self.messages:
+                raise PromptError(
+                    f"the question has {len(ids):,} tokens, the model takes {context - room:,}: shorten it"
+                )
+            del self.messages[:2]
+            self.forgotten += 1
+
+    def written(self, prompt: list[int], ids: list[int]) -> Iterator[str]:
+        """The text of the tokens that follow `prompt`, piece by piece; the tokens are put into `ids`."""
+        room = min(self.max_new_tokens, self.model.spec.context - len(prompt))
+        chunk = PIECE if isinstance(self.model.spec.reading, Causal) else None
+        text = self.tokenizer.stream(special=False)
+        for id in stream(
+            self.model, prompt, max_new_tokens=room, stop=self.tokenizer.stop, chunk=chunk, **self.sampling
+        ):
+            ids.append(id)
+            yield text.put(id)
+        self.cut = len(ids) == room
+        yield text.end()
+
+    def told(self, pieces: Iterable[str]) -> Iterator[str]:
+        """What the release's reader of answers makes of the text so far, as far as it will not change any more.
+
+        The last character waits for the next one, on which it may depend (ChatGLM-6B's punctuation). Where the
+        reader starts anew – what was said turns out to be a thought or the call of a tool – so does the paragraph.
+        """
+        text = told = said = ""
+        for piece in pieces:
+            text += piece
+            said = str(self.tokenizer.parse(text)["content"])
+            if said and not said.startswith(told):
+                yield "\n\n"
+                told = ""
+            if len(said) - 1 > len(told):
+                yield said[len(told) : -1]
+                told = said[:-1]
+        yield said[len(told) :]
