@@ -51,7 +51,7 @@ def cpu_speed() -> str:
             cells += [f"{speeds['glm']:.1f}", f"{best:.1f}", f"**{row[f'{what} ratio']:.2f}×**"]
         rows.append(cells)
     note = (
-        f"{found['dtype']}, {found['threads']} threads, medians of {found['rounds']} rounds taken in turn in one process; "
+        f"{found['dtype']}, {found['threads']} threads, medians of {found['rounds']} rounds in turn in one process; "
         f"transformers with the better of its dynamic and static cache. {source(found)}. "
         "Written by `python kernels/bench/cpu_speed.py`."
     )
@@ -61,7 +61,8 @@ def cpu_speed() -> str:
 def load_memory() -> str:
     """Peak memory of loading."""
     found = result("load_memory")
-    gigabytes = {key: f"{found[key] / 1e9:.2f} GB" for key in ("weights", "largest tensor", "beyond the weights", "bound")}
+    sizes = ("weights", "largest tensor", "beyond the weights", "bound")
+    gigabytes = {key: f"{found[key] / 1e9:.2f} GB" for key in sizes}
     return (
         f"Loading `{found['release']}` ({gigabytes['weights']} in {found['dtype']}) on the CPU peaks at "
         f"{gigabytes['beyond the weights']} beyond the weights, file pages, Python and torch included "

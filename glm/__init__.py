@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from glm.cache import Cache
-    from glm.embedded import embedded
     from glm.errors import (
         CacheError,
         CheckpointError,
@@ -37,14 +36,13 @@ if TYPE_CHECKING:
     from glm.generation import generate, stream
     from glm.layout import Layout
     from glm.model import GLM
+    from glm.packaged import embedded
     from glm.spec import Block, Spec
-    from glm.synthesize import synthesize
     from glm.tokenizer import Tokenizer
-    from glm.verify import verify
 
 HOMES = {
     "glm.cache": ("Cache",),
-    "glm.embedded": ("embedded",),
+    "glm.packaged": ("embedded",),
     "glm.errors": (
         "CacheError",
         "CheckpointError",
@@ -62,9 +60,7 @@ HOMES = {
     "glm.layout": ("Layout",),
     "glm.model": ("GLM",),
     "glm.spec": ("Block", "Spec"),
-    "glm.synthesize": ("synthesize",),
     "glm.tokenizer": ("Tokenizer",),
-    "glm.verify": ("verify",),
 }
 HOME = {name: home for home, names in HOMES.items() for name in names}
 
@@ -90,8 +86,6 @@ __all__ = [
     "releases",
     "save_pretrained",
     "stream",
-    "synthesize",
-    "verify",
 ]
 
 

@@ -61,7 +61,7 @@ class Cache:
         device: torch.device,
         prefix: Sequence[Tensors] | None = None,
     ) -> None:
-        """`shapes[layer]` are the (heads, width) of the tensors a layer remembers; `prefix[layer]` what it starts with."""
+        """`shapes[layer]`: (heads, width) of each tensor a layer remembers; `prefix[layer]`: what it starts with."""
         self.batch, self.length = batch, length
         self.before = 0 if prefix is None else prefix[0][0].shape[2]
         self.filled = 0

@@ -7,8 +7,9 @@ tokenizer looks for no special tokens in them, so that nobody can type the end o
 The prompt formats themselves, one `TextFormat` a generation, stand in `glm/family/text_*.py`.
 """
 
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
 """A function's JSON description, bare or as `{"type": "function", "function": …}`."""
 
-ROLES = frozenset({"system", "user", "assistant", "observation", "tool"})
+ROLES = ("system", "user", "assistant", "observation", "tool")
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Conversation:
     `reply` ends the prompt where the assistant is to speak; `thinking` is None where the caller left it to the model.
     """
 
-    messages: Sequence[Message]
-    tools: Sequence[Tool]
+    messages: list[Message]
+    tools: list[Tool]
     reply: bool = True
     thinking: bool | None = None
 
@@ -76,24 +77,34 @@ def conversation(
     reply: bool = True,
     thinking: bool | None = None,
 ) -> Conversation:
-    """`messages` and `tools`, checked; PromptError says which of them is wrong and how."""
+    """`messages` and `tools`, checked and copied; PromptError says which of them is wrong and how."""
     if isinstance(messages, str | Mapping):
         raise PromptError('messages must be a list such as [{"role": "user", "content": "…"}]')
-    turns = list(messages)
+    try:
+        turns, functions = json.loads(json.dumps([list(messages), list(tools or [])]))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PromptError(f"messages and tools must be plain JSON data: {error}") from None
     if not turns:
         raise PromptError("there is no message to answer")
     for number, message in enumerate(turns, 1):
-        if not isinstance(message, Mapping):
+        if not isinstance(message, dict):
             raise PromptError(f"message {number} is a {type(message).__name__}, not a mapping with role and content")
         if message.get("role") not in ROLES:
-            raise PromptError(f"message {number}: role {message.get('role')!r} is none of {', '.join(sorted(ROLES))}")
+            raise PromptError(f"message {number}: role {message.get('role')!r} is none of {', '.join(ROLES)}")
+        for key in ("tools", "tool_calls"):
+            _check_functions(message.get(key), f"{key} of message {number}")
         if not isinstance(message.get("content"), str | list) and not _speechless(message):
             raise PromptError(f"message {number}: content must be a string")
-    functions = list(tools or [])
-    for number, tool in enumerate(functions, 1):
-        if not isinstance(tool, Mapping):
-            raise PromptError(f"tool {number} is a {type(tool).__name__}, not the mapping that describes a function")
+    _check_functions(functions, "tools")
     return Conversation(turns, functions, reply, thinking)
+
+
+def _check_functions(listed: object, what: str) -> None:
+    if not isinstance(listed, list | None):
+        raise PromptError(f"{what}: not a list")
+    for function in listed or ():
+        if not isinstance(function, dict) or not isinstance(function.get("function", {}), dict):
+            raise PromptError(f"{what}: each must be the mapping that describes a function, or have it as 'function'")
 
 
 def content(message: Message) -> str:
@@ -115,14 +126,13 @@ def _speechless(message: Message) -> bool:
 
 def with_tools(conversation: Conversation, preamble: str = "") -> list[Message]:
     """The messages, with the conversation's tools in the first system message, or in one that says `preamble`."""
-    messages = list(conversation.messages)
-    if not conversation.tools:
+    messages, tools = conversation.messages, conversation.tools
+    if not tools:
         return messages
     at = next((n for n, message in enumerate(messages) if message["role"] == "system"), None)
     if at is None:
-        return [{"role": "system", "content": preamble, "tools": list(conversation.tools)}, *messages]
-    messages[at] = {**messages[at], "tools": list(conversation.tools)}
-    return messages
+        return [{"role": "system", "content": preamble, "tools": tools}, *messages]
+    return [*messages[:at], {**messages[at], "tools": tools}, *messages[at + 1 :]]
 
 
 def rounds(turns: Conversation, release: str) -> tuple[list[tuple[str, str]], str]:
@@ -156,54 +166,66 @@ def rendered(
 ) -> list[Part]:
     """The prompt that a checkpoint's own chat template makes of a conversation.
 
-    `names` are the tokens to cut the result at; of those, `special` must not come out of a message. So before
-    rendering, each text in it that begins like one of them gets a mark behind its first character (`<|user|>` goes
-    in as `<◆|user|>`, ◆ a private-use character that occurs nowhere in the conversation), which is taken out again
-    after cutting. The template can still look into, split and strip the texts as its author meant it to.
-    PromptError: what the template itself objects to, or that it is faulty or exceeds its time, memory or length.
+    `names` are the tokens to cut the result at; of those, `special` must not come out of a message. Tools are handed
+    over as templates expect them: on their own, or (GLM-4-9B) inside the system message. PromptError: what the
+    template itself objects to, tools it has no place for, or that it is faulty or exceeds time, memory or length.
     """
-    data: dict[str, Any] = {"messages": list(turns.messages), "tools": list(turns.tools) or None}
-    taken = frozenset(template).union(*_texts(data))
+
+    def parts(turns: Conversation) -> list[Part]:
+        return _rendered(template, turns, names, special, variables)
+
+    def shows_tools(prompt: list[Part], without: Conversation) -> bool:
+        try:
+            return prompt != parts(without)
+        except PromptError:  # it cannot do without them
+            return True
+
+    prompt = parts(turns)
+    if not turns.tools or shows_tools(prompt, replace(turns, tools=[])):
+        return prompt
+    inside = replace(turns, messages=with_tools(turns), tools=[])
+    bare: list[Message] = [{key: m[key] for key in m if key != "tools"} for m in inside.messages]
+    prompt = parts(inside)
+    if shows_tools(prompt, replace(inside, messages=bare)):
+        return prompt
+    raise PromptError("the checkpoint's chat template has no place for tools")
+
+
+def _rendered(
+    template: str, turns: Conversation, names: Iterable[str], special: Iterable[str], variables: Mapping[str, object]
+) -> list[Part]:
+    """One rendering, in which nothing of `special` comes out of a message.
+
+    Each text in the conversation that begins like a special token gets a mark behind its first character (`<|user|>`
+    goes in as `<◆|user|>`, ◆ a private-use character that occurs nowhere), which is taken out again after cutting.
+    The template can still look into, split and strip the texts as its author meant it to.
+    """
+    data: dict[str, Any] = {"messages": turns.messages, "tools": turns.tools or None}
+    taken = frozenset(template + json.dumps(data, ensure_ascii=False))
     mark = next((sign for sign in map(chr, range(0xE000, 0xF900)) if sign not in taken), None)
     if mark is None:
         raise PromptError("the messages use up all 6400 private-use characters, and one is needed to guard them")
     starts = {re.escape(name[0]) + (f"(?={re.escape(name[1])})" if name[1:] else "") for name in special}
     guard = re.compile("|".join(sorted(starts)) or r"(?!)")
-    data = _marked(data, guard, mark) | variables | {"add_generation_prompt": turns.reply}
+    try:
+        data = _marked(data, guard, mark) | variables | {"add_generation_prompt": turns.reply}
+    except RecursionError:
+        raise PromptError("messages or tools are nested too deeply") from None
     if turns.thinking is not None:
         data["enable_thinking"] = turns.thinking
-    try:
-        reply = _sandbox.ask(template, data)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise PromptError(f"messages and tools must be plain JSON data: {error}") from None
+    reply = _sandbox.ask(template, data)
     if "error" in reply:
         raise PromptError(f"the checkpoint's chat template failed: {reply['error']}")
-    if turns.tools and "tools" in reply["unread"]:  # GLM-4-9B's looks for them in the system message
-        inside = replace(turns, messages=with_tools(turns), tools=())
-        return rendered(template, inside, names, special, **variables)
     parts = split(reply["text"], names)
     return [part if isinstance(part, Token) else part.replace(mark, "") for part in parts]
 
 
-def _texts(data: object) -> Iterator[str]:
-    """Every string in nested lists and mappings."""
-    if isinstance(data, str):
-        yield data
-    elif isinstance(data, Mapping):
-        for key, value in data.items():
-            yield from _texts(key)
-            yield from _texts(value)
-    elif isinstance(data, list | tuple):
-        for item in data:
-            yield from _texts(item)
-
-
 def _marked(data: Any, guard: re.Pattern[str], mark: str) -> Any:
-    """The same nested data with `mark` behind everything that `guard` finds."""
+    """The same JSON data with `mark` behind everything that `guard` finds in its texts."""
     if isinstance(data, str):
         return guard.sub(rf"\g<0>{mark}", data)
-    if isinstance(data, Mapping):
+    if isinstance(data, dict):
         return {_marked(key, guard, mark): _marked(value, guard, mark) for key, value in data.items()}
-    if isinstance(data, list | tuple):
+    if isinstance(data, list):
         return [_marked(item, guard, mark) for item in data]
     return data

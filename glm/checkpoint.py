@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from glm.atomic import new_folder
 from glm.errors import CheckpointError
 from glm.fields import read_object, shown
-from glm.tensor_file import CODES, Outgoing, Progress, TensorInfo, read_header, read_tensor, write_tensors
+from glm.tensor_file import CODES, Outgoing, Progress, TensorInfo, read_header, read_tensor, scan_tensor, write_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -183,7 +183,7 @@ def read_shards(
 def agree(checkpoint: Checkpoint, names: Iterable[str], ignorable: Iterable[str] = ()) -> None:
     """Raises CheckpointError unless the checkpoint holds the tensors `names` and no others.
 
-    `ignorable` are regular expressions for whole names of tensors that may be there and are not read.
+    `ignorable` are regular expressions for whole names of tensors that may be there and are not used.
     """
     wanted = dict.fromkeys(names)
     spare = [re.compile(pattern) for pattern in ignorable]
@@ -242,19 +242,23 @@ def fill(
     match(model, checkpoint, table, ignorable)
     before = model.state_dict(keep_vars=True)
     after: dict[int, Tensor] = {}  # by identity, since tied parameters are one tensor of two names
-    for stored in sorted(table, key=lambda stored: place(checkpoint.tensors[stored.name])):
-        old, info = before[stored.parameter], checkpoint.tensors[stored.name]
-        if id(old) not in after:
-            after[id(old)] = torch.empty(old.shape, dtype=final_dtype(stored, old, dtype), device=device)
-        read_tensor(stored.name, info, stored.on_disk(after[id(old)]))
+    places = {stored.name: stored for stored in table}
+    for name, info in sorted(checkpoint.tensors.items(), key=in_order):
+        if stored := places.get(name):
+            old = before[stored.parameter]
+            if id(old) not in after:
+                after[id(old)] = torch.empty(old.shape, dtype=final_dtype(stored, old, dtype), device=device)
+            read_tensor(name, info, stored.on_disk(after[id(old)]))
+        else:
+            scan_tensor(name, info)  # ignorable, but a file that is damaged there may be damaged anywhere
         if progress is not None:
             progress(info.nbytes)
     put(model, before, after, device)
 
 
-def place(info: TensorInfo) -> tuple[Path, int]:
-    """The order of reading: file by file, from its beginning to its end."""
-    return info.file, info.begin
+def in_order(item: tuple[str, TensorInfo]) -> tuple[Path, int]:
+    """The order of reading: file by file, each from its beginning to its end."""
+    return item[1].file, item[1].begin
 
 
 def cover(model: nn.Module, tensors: Mapping[str, Tensor], table: Sequence[Stored]) -> None:
@@ -327,7 +331,7 @@ def export(model: nn.Module, table: Iterable[Stored], dtype: torch.dtype | None 
 
 
 def save(
-    destination: str | Path,
+    destination: str | os.PathLike[str],
     config: Mapping[str, Any],
     tensors: Iterable[Outgoing],
     *,

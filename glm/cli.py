@@ -12,9 +12,9 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -36,6 +36,7 @@ app = typer.Typer(
     help="The GLM family of language models in readable PyTorch, loading the official checkpoints without remote code.",
     epilog="Example: glm chat",
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, Refusal):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "glm")
-        return complain(f"{error.format_message()} Try `{command} --help`.", status=2)  # type: ignore[attr-defined]
+        return complain(f"{error.format_message().rstrip('.')}; try `{command} --help`", status=2)  # type: ignore[attr-defined]
 
 
 def complain(message: str, status: int = 1) -> int:
@@ -76,10 +77,15 @@ def complain(message: str, status: int = 1) -> int:
 def start(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
+    """Print the version, or the help where no command is named."""
     if version:
+        from importlib.metadata import PackageNotFoundError
         from importlib.metadata import version as installed
 
-        print(installed("glm-torch"))
+        try:
+            print(installed("glm-torch"))
+        except PackageNotFoundError:  # run from a folder that merely lies there
+            print("not installed")
     elif context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -99,49 +105,73 @@ def dtype_name(text: str) -> str:
     return DTYPES[text]
 
 
+def argument(metavar: str, help: str, default: str | bool = False) -> Any:
+    """A positional argument; `default` is how to call its default."""
+    return typer.Argument(metavar=metavar, help=help, show_default=default)
+
+
+def option(metavar: str, help: str, default: str | bool = True, *names: str, parser: Any = None) -> Any:
+    """A named one; without `names` it has that of its parameter."""
+    return typer.Option(*names, metavar=metavar, help=help, show_default=default, parser=parser)
+
+
 TINY = "the embedded tiny-glm"
-Source = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.", show_default=TINY)]
-SourceOption = Annotated[str, typer.Option("--source", "-s", help="Checkpoint folder or hub id.", show_default=TINY)]
-Text = Annotated[str, typer.Argument(help="The text; - reads it from standard input.")]
+Source = Annotated[str, argument("SOURCE", "Checkpoint folder or hub id.", TINY)]
+SourceOption = Annotated[str, option("SOURCE", "Checkpoint folder or hub id.", TINY, "--source", "-s")]
+Text = Annotated[str, argument("TEXT", "The text; - reads it from standard input.")]
+Temperature = Annotated[float, option("T", "0 is greedy; official demos sample at 0.8 to 0.95.")]
+TopP = Annotated[float, option("P", "Sample among the likeliest tokens of this probability.")]
+TopK = Annotated[int, option("K", "Sample among the k likeliest tokens; 0 is all.")]
+Penalty = Annotated[float, option("R", "Over 1, words already used become less likely.")]
+Seed = Annotated[int | None, option("N", "Same seed, same text.", "random")]
+Length = Annotated[int, option("N", "Tokens to write at most.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        parser=dtype_name,
-        metavar="DTYPE",
-        help="float32, bfloat16, float16 or float64.",
-        show_default="that of the files",
-    ),
+    option("DTYPE", "float32, bfloat16, float16 or float64.", "that of the files", parser=dtype_name),
 ]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default="cuda where there is one, else cpu")
-]
-Temperature = Annotated[
-    float, typer.Option(min=0, help="0 always takes the likeliest token; the official demos use 0.8 to 0.95.")
-]
-TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")]
-TopK = Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens; 0 is all.")]
-Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Over 1 makes what was said before less likely.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed samples the same text.", show_default="random")]
-Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to write at most.")]
+Device = Annotated[str | None, option("DEVICE", "cpu, cuda, cuda:1, …", "cuda if there is one")]
 
 
 def opened(source: str, dtype: str | None, device: str | None) -> "tuple[GLM, Tokenizer]":
     """The model and the tokenizer of a folder or hub id, of tiny-glm for an empty one."""
     import torch
 
-    from glm.model import GLM
+    from glm.hub import fetch
+    from glm.pretrained import load
+    from glm.progress import progress_bar
     from glm.tokenizer import Tokenizer
 
-    source = source or embedded()
-    with busy(f"loading {called(source)} …"):
-        tokenizer = Tokenizer.from_pretrained(source)
-        model = GLM.from_pretrained(source, dtype=getattr(torch, dtype) if dtype else None, device=placed(device))
-    return model, tokenizer
+    source, place = source or embedded(), placed(device)
+    folder = fetch(source)
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if total < 64 << 20:
+        torch.set_num_threads(1)  # sharing so little work takes longer than doing it
+    kind = getattr(torch, dtype) if dtype else usual_dtype(folder, total, place)
+    tokenizer = Tokenizer.from_pretrained(source)
+    with progress_bar(f"loading {called(source)}", total, quiet=total < 1 << 30) as progress:
+        return load(source, dtype=kind, device=place, progress=progress), tokenizer
+
+
+def usual_dtype(folder: Path, total: int, device: "torch.device") -> "torch.dtype | None":
+    """That of the files (None), but not float16 on the CPU, which is no good at it.
+
+    There it is float32 where `total` bytes of float16 become no more than half of the free memory, else bfloat16.
+    """
+    import torch
+
+    from glm.fields import read_object
+    from glm.info import stored_dtype
+    from glm.memory import memory_found
+
+    if device.type != "cpu" or stored_dtype(read_object(folder / "config.json")) != torch.float16:
+        return None
+    found = memory_found(device)
+    return torch.float32 if found is None or 4 * total <= found.bytes else torch.bfloat16
 
 
 def embedded() -> str:
     """The folder of tiny-glm."""
-    from glm.embedded import embedded
+    from glm.packaged import embedded
 
     return str(embedded())
 
@@ -168,6 +198,11 @@ def given(text: str) -> str:
     return sys.stdin.read().removesuffix("\n") if text == "-" else text
 
 
+def terminal() -> bool:
+    """Whether a person sits in front of this."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
 def console() -> Console:
     """Standard output, as wide as the terminal, or as wide as it takes."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
@@ -181,6 +216,15 @@ def columns(*names: str) -> Table:
     return table
 
 
+def show(table: Table) -> None:
+    """Print a table; into a pipe without white space at the ends of lines."""
+    screen = console()
+    with screen.capture() as printed:
+        screen.print(table)
+    text = printed.get()
+    print(text if sys.stdout.isatty() else re.sub(" +$", "", text, flags=re.MULTILINE), end="")
+
+
 def note(text: str) -> None:
     """A line for the person at the keyboard."""
     Console(stderr=True, highlight=False).print(text, style="dim", markup=False)
@@ -190,7 +234,7 @@ def note(text: str) -> None:
 def busy(text: str) -> Iterator[None]:
     """Something to look at meanwhile, where there is somebody to look."""
     screen = Console(stderr=True)
-    with screen.status(escape(text)) if screen.is_terminal else suppress():
+    with screen.status(escape(text)) if screen.is_terminal else nullcontext():
         yield
 
 
@@ -207,7 +251,10 @@ def write(pieces: Iterable[str]) -> None:
 @app.command(epilog="Example: glm chat THUDM/chatglm3-6b --dtype bfloat16 --temperature 0.8 --top-p 0.8")
 def chat(
     source: Source = "",
-    system: Annotated[str | None, typer.Option(help="Instructions that stand before the conversation.")] = None,
+    system: Annotated[str | None, option("TEXT", "Instructions that stand before the conversation.")] = None,
+    rounds: Annotated[
+        int | None, option("N", "Earlier rounds to show the model.", "all that fit; to tiny-glm none")
+    ] = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
@@ -217,16 +264,22 @@ def chat(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Talk with a model: a question a line. From a pipe, too: then there is nothing on the output but the answers."""
+    """Talk with a model, a question a line.
+
+    Questions can come from a pipe; then the output holds the answers and nothing else.
+    """
     model, tokenizer = opened(source, dtype, device)
     from glm.talk import Talk
 
+    name = called(source or embedded())
+    if rounds is None and name == "tiny-glm":
+        rounds = 0  # its glossary is of single questions: it answers those best
     talk = Talk(
-        model, tokenizer, system=system, max_new_tokens=max_new_tokens,
+        model, tokenizer, system=system, rounds=rounds, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        at_the_keyboard(talk, called(source or embedded()))
+    if terminal():
+        at_the_keyboard(talk, name)
     else:
         with suppress(EOFError):
             for line in sys.stdin:
@@ -241,10 +294,9 @@ def at_the_keyboard(talk: "Talk", name: str) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401 (gives `input` its editing and history)
 
-    note(
-        f"{name} · {parameters(talk.model.spec):,} parameters · {str(talk.model.dtype).removeprefix('torch.')} on {talk.model.device}"
-    )
-    note("/clear forgets the conversation · /exit or Ctrl-D leaves · Ctrl-C stops an answer")
+    model, dtype = talk.model, str(talk.model.dtype).removeprefix("torch.")
+    note(f"{name} · {parameters(model.spec):,} parameters · {dtype} on {model.device}")
+    note("/clear forgets · /exit or Ctrl-D leaves · Ctrl-C stops an answer")
     while True:
         try:
             question = asked(talk, input("\n› "))
@@ -265,7 +317,8 @@ def asked(talk: "Talk", line: str) -> str:
         raise EOFError
     if line == "/clear":
         talk.clear()
-        note("(forgotten)")
+        if terminal():
+            note("(forgotten)")
     elif re.fullmatch(r"/[a-z]*", line):
         note("(the commands are /clear and /exit)")
     else:
@@ -297,22 +350,24 @@ def complete(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Write on where a text stops. Prints only what is new."""
+    """Write on where a text stops.
+
+    Prints only what is new.
+    """
     text = given(text)
     model, tokenizer = opened(source, dtype, device)
     from glm.generation import stream
+    from glm.talk import spelt
 
     prompt = tokenizer.encode(text, special=True)
     room = min(max_new_tokens, model.spec.context - len(prompt))
     if room < 1:
         raise GLMError(f"the text has {len(prompt):,} tokens and the model takes {model.spec.context:,}: shorten it")
-    said = tokenizer.stream(special=False)
     ids = stream(
         model, prompt, max_new_tokens=room, stop=tokenizer.stop,
         temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
-    write(map(said.put, ids))
-    print(said.end())
+    write(spelt(tokenizer, ids))
 
 
 @app.command(epilog="Example: glm infill 'GLM is taught with [MASK] instead.'")
@@ -323,12 +378,15 @@ def infill(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Fill every [MASK] of a text, which is what GLM was made for. Prints the whole text."""
+    """Fill every [MASK] of a text, which is what GLM was made for.
+
+    Prints the whole text.
+    """
     text = given(text)
     model, tokenizer = opened(source, dtype, device)
     from glm.infilling import fill
 
-    console().print(fill(model, tokenizer, text, max_new_tokens=max_new_tokens), markup=False, soft_wrap=True)
+    print(fill(model, tokenizer, text, max_new_tokens=max_new_tokens).text)
 
 
 # -- looking ---------------------------------------------------------------------------------------------------------
@@ -336,18 +394,15 @@ def infill(
 
 @app.command(epilog="Example: glm info chatglm3-6b --context 8192 --weights int4")
 def info(
-    source: Annotated[
-        str, typer.Argument(help="Checkpoint folder, hub id, or a name from `glm releases`.", show_default=TINY)
-    ] = "",
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to leave room for.", show_default="all the model takes")
-    ] = None,
-    weights: Annotated[
-        str, typer.Option(metavar="STORAGE", help="stored (as in the files), fp32, bf16, int8 or int4.")
-    ] = "stored",
+    source: Annotated[str, argument("SOURCE", "Checkpoint folder, hub id, or a name from `glm releases`.", TINY)] = "",
+    context: Annotated[int | None, option("N", "Tokens to leave room for.", "all the model takes")] = None,
+    weights: Annotated[str, option("STORAGE", "stored (as in the files), fp32, bf16, int8 or int4.")] = "stored",
     device: Device = None,
 ) -> None:
-    """What a model is made of and what it asks of memory, before anything is loaded."""
+    """What a model is made of, and whether it fits into memory.
+
+    Reads no weights: of a hub id, only the config is fetched.
+    """
     from glm.info import describe
     from glm.memory import size
 
@@ -366,20 +421,23 @@ def info(
         parts = (size(part) for part in (takes.weights, takes.cache, takes.working, takes.bytes))
         fits = {True: "[green]yes[/]", False: "[red]no[/]", None: "?"}[about.fits(way)]
         table.add_row(way, f"{takes.weights:,}", *parts, fits, style="bold" if way == about.storage else "")
-    screen.print(table)
+    show(table)
 
 
 @app.command(epilog="Example: glm releases")
 def releases() -> None:
-    """The published checkpoints whose numbers are known without a file: `glm info NAME` says more of each."""
+    """The published checkpoints, with their sizes.
+
+    They are known without a file; `glm info NAME` says all of one.
+    """
     from glm import family
-    from glm.info import STORAGES, need, parameters
+    from glm.info import need, parameters
     from glm.memory import size
 
-    table = columns("release", "year", "parameters>", "bf16>", "cache/token>", "context>")
+    table = columns("release", "year", "parameters>", "weights>", "KV/token>", "context>")
     with busy("counting …"):
         for name, release in family.releases().items():
-            takes = need(release.spec, STORAGES["bf16"][0], release.spec.context)
+            takes = need(release.spec, release.dtype, release.spec.context)
             table.add_row(
                 name,
                 str(release.year),
@@ -388,17 +446,15 @@ def releases() -> None:
                 f"{takes.per_token:,} B",
                 f"{release.spec.context:,}",
             )
-    console().print(table)
+    show(table)
 
 
 @app.command(epilog="Example: glm tokenize 'General language model' --special")
 def tokenize(
     text: Text,
     source: SourceOption = "",
-    special: Annotated[bool, typer.Option("--special", help="With the tokens the release puts around a text.")] = False,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="As a question, with the prompt the release makes of it.")
-    ] = False,
+    special: Annotated[bool, typer.Option("--special", help="With the tokens the release adds to a text.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="As a question, in the release's prompt.")] = False,
 ) -> None:
     """The pieces and ids that a model reads a text as."""
     from glm.tokenizer import Tokenizer
@@ -408,25 +464,28 @@ def tokenize(
     ids = tokenizer.chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text, special=special)
     table = columns("token>", "id>", "piece")
     for number, id in enumerate(ids, 1):
-        table.add_row(str(number), str(id), escape(tokenizer.piece(id)))
-    console().print(table)
+        table.add_row(str(number), str(id), escape(visible(tokenizer.piece(id))))
+    show(table)
+
+
+def visible(piece: str) -> str:
+    """A piece with its spaces as ␣, and with every other sign that cannot be seen written out."""
+    return "".join("␣" if sign == " " else sign if sign.isprintable() else repr(sign)[1:-1] for sign in piece)
 
 
 @app.command(epilog="Example: glm verify tests/goldens/*")
 def verify(
-    folders: Annotated[
-        list[Path], typer.Argument(help="Folders with a small checkpoint and what the release's own code made of it.")
-    ],
-    dtype: Annotated[
-        str, typer.Option(parser=dtype_name, metavar="DTYPE", help="float64, float32, bfloat16 or float16.")
-    ] = "float64",
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    folders: Annotated[list[str], argument("FOLDER", "A small checkpoint and what the official code made of it.")],
+    dtype: Annotated[str, option("DTYPE", "float64, float32, bfloat16 or float16.", parser=dtype_name)] = "float64",
+    device: Annotated[str, option("DEVICE", "cpu, cuda, …")] = "cpu",
     tolerance: Annotated[
-        float | None,
-        typer.Option(min=0, help="Largest error of the logits over their rms.", show_default="1e-9 in float64"),
+        float | None, option("X", "Largest error of the logits over their rms.", "1e-9 in float64")
     ] = None,
 ) -> None:
-    """Hold models to reference outputs, layer by layer; exit status 1 if anything is over the tolerance."""
+    """Compare models with reference outputs, layer by layer.
+
+    The exit status is 1 if anything is over the tolerance.
+    """
     import torch
 
     from glm.verify import verify as held
@@ -434,14 +493,14 @@ def verify(
     place, screen, over = placed(device), console(), 0
     for folder in folders:
         try:
-            with busy(f"{folder.name} …"):
+            with busy(f"verifying {called(folder)} …"):
                 report = held(folder, dtype=getattr(torch, dtype), device=place, tolerance=tolerance)
             screen.print(report)
             over += not report.ok
         except GLMError as error:
             complain(str(error))
             over += 1
-    screen.print(f"{len(folders) - over} of {len(folders)} folders agree with their reference")
+    screen.print(f"{len(folders) - over} of {len(folders)} agree with their reference")
     if over:
         raise typer.Exit(1)
 
@@ -451,14 +510,15 @@ def verify(
 
 @app.command(epilog="Example: glm convert chatglm-6b chatglm-6b-safetensors --dtype bf16")
 def convert(
-    source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; .bin files are welcome.")],
-    destination: Annotated[Path, typer.Argument(help="The folder to create.")],
-    dtype: Annotated[str | None, typer.Option(help="float32, fp16 or bf16.", show_default="as it is")] = None,
-    names: Annotated[
-        str | None, typer.Option(help="hf or chatglm: whose tensor names.", show_default="as they are")
-    ] = None,
+    source: Annotated[str, argument("SRC", "Checkpoint folder or hub id; .bin files are welcome.")],
+    destination: Annotated[Path, argument("DST", "The folder to create.")],
+    dtype: Annotated[str | None, option("DTYPE", "float32, fp16 or bf16.", "as it is")] = None,
+    names: Annotated[str | None, option("NAMES", "Tensor names of GLM-4-9B: hf or chatglm.", "as they are")] = None,
 ) -> None:
-    """Rewrite a checkpoint as safetensors, complete or not at all."""
+    """Rewrite a checkpoint as safetensors.
+
+    The folder appears complete or not at all.
+    """
     from glm.convert import convert as rewrite
 
     rewrite(source, destination, dtype=dtype, names=names)
@@ -467,23 +527,37 @@ def convert(
 
 @app.command(epilog="Example: glm synthesize chatglm3-6b --out /tmp/chatglm3-random")
 def synthesize(
-    release: Annotated[str, typer.Argument(help="A name from `glm releases`.")],
-    out: Annotated[Path, typer.Option(help="The folder to create.")],
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
-    layers: Annotated[int | None, typer.Option(min=1, help="Keep only so many layers.", show_default="all")] = None,
+    release: Annotated[str, argument("RELEASE", "A name from `glm releases`.")],
+    out: Annotated[Path, option("DIR", "The folder to create.")],
+    seed: Annotated[int, option("N", "Of the random weights.")] = 0,
+    layers: Annotated[int | None, option("N", "Make only so many layers.", "all")] = None,
 ) -> None:
-    """Write a random-weight checkpoint in the layout of a release, to measure with."""
+    """Write a checkpoint of random weights, to measure with.
+
+    Files, names and shapes are those of the release.
+    """
+    from dataclasses import replace
+
+    from glm import family
+    from glm.info import weight_bytes
+    from glm.progress import progress_bar
     from glm.synthesize import synthesize as make
 
-    make(release, out, seed=seed, layers=layers)
+    chosen = family.release(release)
+    total = weight_bytes(replace(chosen.spec, blocks=chosen.spec.blocks[:layers]), chosen.dtype)
+    with progress_bar(f"writing {out}", total) as progress:
+        make(release, out, seed=seed, layers=layers, progress=progress)
     note(f"{out} is written")
 
 
-@app.command(epilog="Example: glm train weights/recipe.toml")
+@app.command(epilog="Example: glm train weights/tiny-glm/recipe.toml")
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A TOML file: the model, its data, and how long.")],
+    recipe: Annotated[Path, argument("RECIPE", "A TOML file: the model, its data, and how long.")],
 ) -> None:
-    """Train a small model from nothing, or go on where it stopped."""
+    """Train a small model from nothing.
+
+    A run that was interrupted goes on where it stopped.
+    """
     from glm.training import train as run
 
     run(recipe)

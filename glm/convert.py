@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from glm import family
-from glm.checkpoint import CONFIG, Checkpoint, Stored, inside, match, save
+from glm.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, Stored, inside, match, save
 from glm.errors import CheckpointError, GLMError
-from glm.family.generation import Generation
 from glm.hub import TEXTS, fetch
 from glm.model import GLM
 from glm.progress import progress_bar
@@ -55,7 +54,7 @@ def convert(
     if names is not None and names not in FORMATS:
         raise GLMError(f"there are no names called {names!r}; choose one of {', '.join(FORMATS)}")
     folder = fetch(source, revision, bin=True)
-    if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+    if any(folder.glob("*.bin")) and not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         if names is not None:
             raise GLMError(
                 f"{source}: names cannot be changed in .bin files; run `glm convert {source} STEP` first, "
@@ -64,12 +63,16 @@ def convert(
         in_child(folder, Path(destination), dtype, quiet)
         return
     checkpoint = Checkpoint.open(folder)
-    config, tensors = (as_they_are if names is None else partial(renamed, FORMATS[names]))(checkpoint)
-    tensors = [cast(tensor, dtype) for tensor in tensors]
+    if names is None:
+        config, tensors = as_they_are(checkpoint)
+    else:
+        config, tensors = renamed(checkpoint, Path(source).name, FORMATS[names])
+    final = None if dtype is None else DTYPES[dtype]
+    tensors = [cast(tensor, final) for tensor in tensors]
     with progress_bar("converting", sum(tensor.nbytes for tensor in tensors), quiet) as progress:
         save(
             Path(destination),
-            in_dtype(config, dtype),
+            in_dtype(config, final),
             tensors,
             shard_bytes=largest_file(checkpoint),
             copies=texts(folder),
@@ -82,21 +85,21 @@ def in_child(folder: Path, destination: Path, dtype: str | None, quiet: bool) ->
     request = json.dumps([str(folder), str(destination), dtype, quiet])
     package = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    child = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-P", "-m", "glm.convert_child", request],
         stdin=subprocess.PIPE,  # never written to: it closes when this process ends
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": path},
-    )
-    try:
+    ) as child:
         assert child.stdout is not None
-        said = child.stdout.read()
-        if child.wait():
-            raise CheckpointError(said.strip() or f"{folder}: converting it ended with status {child.returncode}")
-    finally:
-        child.kill()
-        child.wait()
+        try:
+            said = child.stdout.read()
+            status = child.wait()
+        finally:
+            child.kill()
+    if status:
+        raise CheckpointError(said.strip() or f"{folder}: the process converting it ended with status {status}")
 
 
 def texts(folder: Path) -> list[Path]:
@@ -125,13 +128,15 @@ def as_they_are(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], list[Outgoin
     return checkpoint.config, tensors
 
 
-def renamed(format: str, checkpoint: Checkpoint) -> tuple[Mapping[str, Any], list[Outgoing]]:
+def renamed(checkpoint: Checkpoint, name: str, format: str) -> tuple[Mapping[str, Any], list[Outgoing]]:
     """The config and tensors of the same model in the format of another generation, parameter by parameter.
 
-    Raises GLMError when that format cannot say something this model needs.
+    `name` is the checkpoint's, for what its config leaves out. Raises GLMError when the other format cannot say
+    something that this model needs.
     """
-    source, target = family.recognise(checkpoint.config), named(format)
-    spec = source.spec(checkpoint.config, checkpoint.folder.name)
+    source = family.recognise(checkpoint.config)
+    target = next(generation for generation in family.GENERATIONS if generation.name == format)
+    spec = source.spec(checkpoint.config, name)
     config = target.config(spec)
     wanted, got = dict(leaves(spec)), dict(leaves(target.spec(config, "")))
     lost = [field for field in wanted | got if wanted.get(field) != got.get(field) and not field.endswith(ROUNDING)]
@@ -140,7 +145,7 @@ def renamed(format: str, checkpoint: Checkpoint) -> tuple[Mapping[str, Any], lis
     model = GLM(spec, device="meta")
     parameters = model.state_dict()
     old = source.table(spec, checkpoint.config, parameters)
-    match(model, checkpoint, old, source.ignorable)
+    match(model, checkpoint, old, (*source.ignorable, *source.spare_head(spec)))
     parts: dict[str, list[Stored]] = {}
     for stored in old:
         parts.setdefault(stored.parameter, []).append(stored)
@@ -164,31 +169,26 @@ def renamed(format: str, checkpoint: Checkpoint) -> tuple[Mapping[str, Any], lis
             lambda: stored.on_disk(whole(stored.parameter)).reshape(shape),
         )
 
-    return config, [outgoing(stored) for stored in target.table(spec, config, parameters)]
+    tensors = [outgoing(stored) for stored in target.table(spec, config, parameters)]
+    return in_dtype(config, tensors[0].dtype), tensors
 
 
-def named(generation: str) -> Generation:
-    """The generation of that name."""
-    return next(one for one in family.GENERATIONS if one.name == generation)
-
-
-def cast(tensor: Outgoing, dtype: str | None) -> Outgoing:
+def cast(tensor: Outgoing, dtype: torch.dtype | None) -> Outgoing:
     """The same tensor in the dtype asked for, checked for NaN, Inf and overflow when it is made."""
-    fixed = any(fnmatchcase(tensor.name, pattern) for pattern in FIXED)
-    keeps = dtype is None or fixed or not tensor.dtype.is_floating_point
-    final = tensor.dtype if dtype is None or keeps else DTYPES[dtype]
+    fixed = not tensor.dtype.is_floating_point or any(fnmatchcase(tensor.name, pattern) for pattern in FIXED)
+    final = tensor.dtype if dtype is None or fixed else dtype
 
     def made() -> Tensor:
         result = tensor.make().to(final)
         if not finite(result):
-            raise CheckpointError(f"the tensor {tensor.name!r} has NaN or Inf in it, or numbers too large for {dtype}")
+            raise CheckpointError(f"the tensor {tensor.name!r} has NaN or Inf in it, or numbers too large for {final}")
         return result
 
     return Outgoing(tensor.name, final, tensor.shape, made)
 
 
-def in_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """The config, saying that its weights are `dtype`."""
+def in_dtype(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The config, saying that its weights are `dtype` if one is given."""
     if dtype is None:
         return dict(config)
-    return {**config, "dtype" if "dtype" in config else "torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+    return {**config, "dtype" if "dtype" in config else "torch_dtype": str(dtype).removeprefix("torch.")}

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from glm.checkpoint import CONFIG, CONFIG_BYTES, inside, read_shards, save, shard_names
-from glm.convert import cast, in_dtype, texts
+from glm.convert import DTYPES, cast, in_dtype, texts
 from glm.errors import CheckpointError, GLMError
 from glm.fields import read_object, shown
 from glm.progress import progress_bar
@@ -40,7 +40,7 @@ def main() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     source, destination, dtype, quiet = json.loads(sys.argv[1])
     try:
-        convert_bins(Path(source), Path(destination), dtype, quiet)
+        convert_bins(Path(source), Path(destination), DTYPES.get(dtype), quiet)
     except GLMError as error:
         print(error)
         sys.exit(1)
@@ -52,7 +52,7 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def convert_bins(source: Path, destination: Path, dtype: str | None, quiet: bool) -> None:
+def convert_bins(source: Path, destination: Path, dtype: torch.dtype | None, quiet: bool) -> None:
     """Writes the `.bin` files of `source` as safetensors under the same tensor names, one file at a time."""
     if TorchVersion(torch.__version__) < "2.10":
         raise GLMError(f"torch {torch.__version__} is too old to open .bin files safely; install torch 2.10 or newer")

@@ -48,6 +48,7 @@ def generate(
 ) -> list[list[int]]:
     """Continue each of `prompts` (lists of ids, of any lengths); returns the new ids of each.
 
+    max_new_tokens      at most so many new ids a row; memory is taken for all of them at the start.
     temperature         0 (the default) is greedy: always the likeliest token; top_k, top_p and seed do nothing then.
     top_k               sample among the k likeliest; 0 is all. Ties with the k-th stay in.
     top_p               sample among the fewest tokens whose probabilities, after top_k, reach this sum; 1 is all.
@@ -192,8 +193,7 @@ class Sampler:
         finite = x.isfinite().all(-1)
         if self.temperature == 0:
             return x.argmax(-1), finite
-        x = x.where(finite[:, None], 0)
-        x = (x - x.amax(-1, keepdim=True)) / self.temperature
+        x = (x - x.amax(-1, keepdim=True)) / self.temperature  # in this order a low temperature loses nothing
         return sample(top_p(top_k(x, self.top_k), self.top_p), luck), finite
 
 
@@ -227,7 +227,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 def sample(logits: Tensor, luck: Tensor) -> Tensor:
     """Ids [B] from softmax(logits [B, V]): the first whose cumulative probability exceeds `luck` [B] in [0, 1)."""
     p = logits.softmax(-1)
-    reached = p.cumsum(-1, dtype=torch.float64).masked_fill(p == 0, 0)  # an impossible token reaches nothing
+    reached = p.cumsum(-1, dtype=torch.float64).masked_fill(p == 0, 0)  # impossible, however the sum rounds
     return (reached > luck[:, None] * reached.amax(-1, keepdim=True)).int().argmax(-1)
 
 

@@ -40,12 +40,12 @@ def fetch(
     `bin` takes .bin files where the hub has no safetensors, for `glm convert` alone. Raises CheckpointError when
     `source` is neither a folder nor an id, cannot be fetched, or has no safetensors.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(source))
+    if str(source) and folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"{source}: is a folder, which has no revision {revision!r}; leave it out")
         return folder
-    if folder.exists():
+    if folder.is_file():
         raise CheckpointError(f"{source}: is a file; name the folder it lies in")
     if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", str(source)):
         raise CheckpointError(f"{source}: there is no such folder, and a hub id looks like zai-org/chatglm3-6b")

@@ -24,6 +24,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -190,15 +191,15 @@ def short_spans(length: int, rng: Random, share: float = 0.15, mean: float = 3.0
 
 
 def sentence_spans(pieces: Sequence[str], rng: Random, share: float = 0.15) -> list[Span]:
-    """Whole sentences, all apart, until `share` of the text is cut; at least one, in order. None of a lone sentence."""
-    sentences = runs(pieces, SENTENCE_ENDS)
+    """Whole sentences, all apart, until `share` of the text is cut, in order; short spans of a lone sentence."""
     spans: list[Span] = []
+    sentences = runs(pieces, SENTENCE_ENDS)
     for span in rng.sample(sentences, len(sentences)):
         if sum(end - start for start, end in spans) >= share * len(pieces):
             break
         if apart(span, spans) and span != (0, len(pieces)):
             spans.append(span)
-    return sorted(spans)
+    return sorted(spans) or short_spans(len(pieces), rng)
 
 
 def long_start(length: int, rng: Random) -> int:
@@ -225,8 +226,8 @@ def cut(pieces: Sequence[str], rng: Random) -> Span:
 
 
 def cuts(pieces: Sequence[str], rng: Random) -> list[Span]:
-    """One to four cuts, all apart, in order, that leave a third of the text or more."""
-    wanted = rng.choice((1, 1, 1, 2, 3, 4))
+    """One to eight cuts, all apart, in order, that leave a third of the text or more."""
+    wanted = rng.choice((1, 1, 2, 3, 5, 8))
     spans: list[Span] = []
     for _ in range(20 * wanted):
         span = cut(pieces, rng)
@@ -234,7 +235,7 @@ def cuts(pieces: Sequence[str], rng: Random) -> list[Span]:
             spans.append(span)
         if len(spans) == wanted:
             break
-    return sorted(spans)
+    return sorted(spans) or short_spans(len(pieces), rng)
 
 
 # -- filling blanks ----------------------------------------------------------------------------------------------------
@@ -255,19 +256,27 @@ def fill(model: GLM, tokenizer: Tokenizer, text: str, *, max_new_tokens: int = 2
     Raises PromptError for a text without a [MASK], GLMError for a model or tokenizer that fills none.
     """
     marks = Marks.of(model.spec)
-    if MASK not in text:
+    before, *rest = text.split(MASK)
+    if not rest:
         raise PromptError(f"there is no {MASK} in the text: write it where something is missing")
     blanks: list[str] = []
-    before, _, rest = text.partition(MASK)
-    while True:
-        prompt = tokenizer.encode(before + MASK + rest, parse=True) + [marks.sop]
+    while rest:
+        prompt = asked([before, *rest], plain(tokenizer), marks)
         [ids] = generate(model, [prompt], max_new_tokens=max_new_tokens, **sampling)
         blanks.append(tokenizer.decode(ids, special=False).strip())
-        before = join(before, blanks[-1])
-        between, more, rest = rest.partition(MASK)
-        before = join(before, between)
-        if not more:
-            return Filled(before, blanks)
+        before = join(join(before, blanks[-1]), rest.pop(0))
+    return Filled(before, blanks)
+
+
+def asked(pieces: Sequence[str], encode: Encode, marks: Marks) -> Ids:
+    """The prompt that asks for the first of the blanks between `pieces`, ending in <sop>."""
+    first, *others = [encode(piece.strip()) for piece in pieces]
+    return [*first, *(id for piece in others for id in (marks.mask, *piece)), marks.sop]
+
+
+def plain(tokenizer: Tokenizer) -> Encode:
+    """Its `encode`, for which text is only text."""
+    return partial(tokenizer.encode, parse=False)
 
 
 WORD_THEN_WORD = re.compile(rf"[^\W{CJK}]\Z|[.,;:!?]\Z"), re.compile(rf"[^\W{CJK}]")

@@ -10,7 +10,7 @@ forward pass holds besides: its widest activations, and one matrix in full (as l
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from glm import family
 from glm.errors import GLMError, MemoryFitError
 from glm.family.generation import Generation, Release
 from glm.fields import read_object
+from glm.hub import fetch
 from glm.layout import Causal
 from glm.linear import Dense, RowScaled, Weights
 from glm.memory import Found, memory_found, size
@@ -27,7 +28,7 @@ from glm.model import GLM
 from glm.spec import Spec
 
 USUAL_CONTEXT = 2048  # tokens to leave room for where nobody said how many
-PIECE = 2048  # tokens of a prompt that go through the model at once
+PIECE = 2048  # tokens of a prompt that go through a causal model at once
 
 STORAGES: dict[str, tuple[torch.dtype, Weights]] = {
     "fp32": (torch.float32, Dense()),
@@ -125,8 +126,6 @@ def describe(
 
 def _from_config(source: str | os.PathLike[str], revision: str | None) -> tuple[Generation, Spec, torch.dtype]:
     """What the config.json of a folder or hub id says."""
-    from glm.pretrained import fetch  # which imports this file
-
     folder = fetch(source, revision=revision, weights=False)
     config = read_object(folder / "config.json")
     generation = family.recognise(config)
@@ -151,8 +150,8 @@ def require_fit(
         return
     raise MemoryFitError(
         f"the model needs {size(asked.bytes)} ({size(asked.weights)} of weights, {size(asked.cache)} of cache for "
-        f"{asked.context:,} tokens, {size(asked.working)} to work in), but there are only {size(found.bytes)} "
-        f"{found.where}; free some memory, or take a smaller dtype, a smaller release or another device"
+        f"{asked.context:,} tokens, {size(asked.working)} to work in), but only {size(found.bytes)} of memory "
+        f"are {found.where}; free some, or take a smaller dtype, a smaller release or another device"
     )
 
 
@@ -169,10 +168,11 @@ def need(spec: Spec, dtype: torch.dtype, context: int) -> Need:
     )
 
 
-def tensors(spec: Spec, dtype: torch.dtype) -> list[torch.Tensor]:
+@cache
+def tensors(spec: Spec, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Every parameter and buffer of the model, without its numbers; a tied head counts once."""
     model = GLM(spec, device="meta", dtype=dtype)
-    return [*chain(model.parameters(), model.buffers())]
+    return (*model.parameters(), *model.buffers())
 
 
 def parameters(spec: Spec) -> int:
@@ -191,13 +191,14 @@ def cache_bytes_per_token(spec: Spec, dtype: torch.dtype) -> int:
 
 
 def working_bytes(spec: Spec, dtype: torch.dtype, tokens: int) -> int:
-    """An upper estimate of what a forward pass over `tokens`, at most `PIECE` at once, holds beside weights and cache.
+    """An upper estimate of what a forward pass over `tokens` holds beside weights and cache.
 
     Per token the stream in four states (x, its norm, what is added, the sum) and either attention (q, k, v, turned,
     and laid out for the product) or the feed-forward (its branches, active ones, their product); a mask, where a
     token sees more than its past; the logits of one token in float32, sorted to sample from; one matrix in full.
     """
-    T = min(tokens, PIECE)
+    causal = isinstance(spec.reading, Causal)
+    T = min(tokens, PIECE) if causal else tokens
     widest = max(
         max(
             3 * (block.mixer.heads + 2 * block.mixer.groups) * block.mixer.head_width,
@@ -206,7 +207,7 @@ def working_bytes(spec: Spec, dtype: torch.dtype, tokens: int) -> int:
         for block in spec.blocks
     )
     streams = T * (4 * spec.width + widest) * dtype.itemsize
-    mask = 0 if isinstance(spec.reading, Causal) else T * tokens * (2 + dtype.itemsize)
+    mask = 0 if causal else T * tokens * (2 + dtype.itemsize)
     logits = 8 * spec.vocabulary * torch.float32.itemsize
     matrix = max(x.numel() for x in tensors(replace(spec, weights=Dense()), dtype)) * dtype.itemsize
     return streams + mask + logits + matrix

@@ -49,21 +49,20 @@ class Layout:
                 f"visible must be bool [B, T, S] with the B and T of positions {list(positions.shape)}, "
                 f"not {visible.dtype} {list(visible.shape)}"
             )
-        self._set(positions, visible.shape[2])
-        self._visible = visible
+        self._set(positions, visible.shape[2], visible)
 
-    def _set(self, positions: Tensor, keys: int) -> None:
+    def _set(self, positions: Tensor, keys: int, visible: Tensor | None) -> None:
         if positions.dim() != 3 or positions.is_floating_point():
-            raise LayoutError(
-                f"positions must be integers [B, T, A], not {positions.dtype} {list(positions.shape)}"
-            )
+            raise LayoutError(f"positions must be integers [B, T, A], not {positions.dtype} {list(positions.shape)}")
         if keys < positions.shape[1]:
             raise LayoutError(f"{positions.shape[1]} queries cannot be the newest of {keys} keys")
         self.positions = positions
         self.keys = keys
         self.start: Tensor | None = None  # [B], None = 0
         self.prefix_length: Tensor | None = None  # [B], None = 0
-        self._visible: Tensor | None = None  # set where the rule is not used
+        self.step: Tensor | None = None  # [B, A], how positions go on; None leaves it to the reading rule
+        self.reading = False  # whether a row is still being read, and cannot be continued
+        self._visible = visible  # None: by the rule
 
     @classmethod
     def rule(
@@ -76,7 +75,7 @@ class Layout:
     ) -> "Layout":
         """The rule of this file: positions [B, T, A], `keys` S (default T), `start` and `prefix` [B] or None."""
         layout = cls.__new__(cls)
-        layout._set(positions, positions.shape[1] if keys is None else keys)
+        layout._set(positions, positions.shape[1] if keys is None else keys, None)
         layout.start, layout.prefix_length = start, prefix
         return layout
 
@@ -93,9 +92,7 @@ class Layout:
         return cls.blanks(read, [(blank, length - read)], device).repeat(batch)
 
     @classmethod
-    def blanks(
-        cls, read: int, spans: Sequence[tuple[int, int]], device: torch.device | str | None = None
-    ) -> "Layout":
+    def blanks(cls, read: int, spans: Sequence[tuple[int, int]], device: torch.device | str | None = None) -> "Layout":
         """One row: `read` tokens of text with blanks, then each `(place of its blank, length)` in the order written.
 
         A written span has the length of its tokens with the one that starts it. Positions [1, T, 2].
@@ -112,11 +109,8 @@ class Layout:
             return None if x is None else x.expand(batch, *x.shape[1:])
 
         layout = Layout.rule(self.positions.expand(batch, -1, -1), self.keys)
-        layout.start, layout.prefix_length, layout._visible = (
-            rows(self.start),
-            rows(self.prefix_length),
-            rows(self._visible),
-        )
+        layout.start, layout.prefix_length = rows(self.start), rows(self.prefix_length)
+        layout.step, layout.reading, layout._visible = rows(self.step), self.reading, rows(self._visible)
         return layout
 
     @property
@@ -149,21 +143,31 @@ class Layout:
             t = torch.arange(self.keys - T, self.keys, device=visible.device)
             itself = t[:, None] == torch.arange(self.keys, device=visible.device)
             visible = visible | (itself & ~visible.any(-1, keepdim=True))
-        return EVERYTHING if bool(visible.all()) else Mask(visible[:, None], causal=False)
+        if self._visible is not None and bool(visible.all()):
+            return EVERYTHING
+        return Mask(visible[:, None], causal=False)
 
     def following(self, count: int, step: Sequence[int]) -> "Layout":
-        """The layout of `count` tokens after these: positions go on by `step` [A], visibility as the last row's."""
+        """The layout of `count` tokens after these: visibility as the last row's, positions going on by `step` [A].
+
+        A layout that a reading rule made knows its own step. Raises LayoutError while a row is still being read.
+        """
         B, _, A = self.positions.shape
+        if self.reading:
+            raise LayoutError("what is read sees all of itself: give it in one call up to and with its start token")
         if len(step) != A:
             raise LayoutError(f"these positions have {A} axes, the model's have {len(step)}")
-        steps = torch.tensor(list(step), device=self.positions.device)
+        steps = torch.tensor(step, device=self.positions.device).expand(B, A) if self.step is None else self.step
         counts = torch.arange(1, count + 1, device=self.positions.device)
-        positions = self.positions[:, -1:] + counts[:, None] * steps
+        positions = self.positions[:, -1:] + counts[:, None] * steps[:, None]
         if self._visible is None:
-            return Layout.rule(positions, self.keys + count, start=self.start, prefix=self.prefix_length)
-        seen = self._visible[:, -1:].expand(-1, count, -1)
-        among_new = (counts[:, None] >= counts).expand(B, -1, -1)
-        return Layout(positions, torch.cat((seen, among_new), dim=-1))
+            layout = Layout.rule(positions, self.keys + count, start=self.start, prefix=self.prefix_length)
+        else:
+            seen = self._visible[:, -1:].expand(-1, count, -1)
+            among_new = (counts[:, None] >= counts).expand(B, -1, -1)
+            layout = Layout(positions, torch.cat((seen, among_new), dim=-1))
+        layout.step = self.step
+        return layout
 
 
 @dataclass(frozen=True)
@@ -176,9 +180,11 @@ class Causal:
         return (1,)
 
     def read(self, ids: Tensor, real: Tensor | None = None) -> Layout:
-        """Ids [B, T], `real` bool [B, T] (False on padding) -> Layout with one axis."""
+        """Ids [B, T], `real` bool [B, T] (False on padding) -> Layout with one axis. Raises LayoutError."""
+        fitting(ids, real)
         if real is None:
-            return Layout.causal(*ids.shape, ids.device)
+            B, T = ids.shape
+            return Layout.causal(B, T, ids.device)
         positions = (real.long().cumsum(-1) - 1).clamp(min=0)[..., None]
         return padded(positions, real, prefix=None)
 
@@ -192,8 +198,8 @@ class Blank:
     """Reading rule of a blank-filling model: all up to the first `sop` token is read, the rest is written.
 
     `masks` are the ids of the blank tokens, the one to be filled first found in this order. With two axes a
-    written token has its blank's place and counts 1, 2, 3 … on the second axis. With one axis places go on
-    counting, except for blanks whose id is in `fixed`, where the blank's place is repeated.
+    written token counts 1, 2, 3 … on the second axis. On the first, a token written for a blank whose id is in
+    `fixed` has that blank's place; for other blanks places go on counting.
     """
 
     sop: int
@@ -203,7 +209,7 @@ class Blank:
 
     @property
     def step(self) -> tuple[int, ...]:
-        """How the position ids of the next written token differ from the last one's."""
+        """How the position ids of the next written token differ from the last one's, where a layout does not say."""
         return (0, 1) if self.axes == 2 else (1,)
 
     def read(self, ids: Tensor, real: Tensor | None = None) -> Layout:
@@ -211,61 +217,61 @@ class Blank:
 
         A row without `sop` is read only. Raises LayoutError for a row with `sop` and no blank.
         """
+        fitting(ids, real)
         B, T = ids.shape
         keep = torch.ones_like(ids, dtype=torch.bool) if real is None else real
         positions = torch.zeros(B, T, self.axes, dtype=torch.long)
-        prefix = torch.zeros(B, dtype=torch.long)
+        prefix, step = torch.zeros(B, dtype=torch.long), torch.zeros(B, self.axes, dtype=torch.long)
+        reading = False
         for row in range(B):
             where = keep[row].nonzero().flatten().cpu()
             tokens = ids[row].cpu()[where].tolist()
-            place, read = self.place(tokens)
-            positions[row, where] = place
+            read, blank = self.read_and_blank(tokens)
+            positions[row, where] = self.places(len(tokens), read, blank)
+            step[row] = torch.tensor((int(blank is None), 1)[: self.axes])
             prefix[row] = where[read - 1] + 1 if read else 0
-        prefix = prefix.to(ids.device)
-        if real is None:
-            return Layout.rule(positions.to(ids.device), prefix=prefix)
-        return padded(positions.to(ids.device), real, prefix)
+            reading = reading or read == len(tokens)
+        positions, prefix = positions.to(ids.device), prefix.to(ids.device)
+        layout = Layout.rule(positions, prefix=prefix) if real is None else padded(positions, real, prefix)
+        layout.step, layout.reading = step.to(ids.device), reading
+        return layout
 
-    def place(self, tokens: list[int]) -> tuple[Tensor, int]:
-        """Position ids [T, axes] of one row without padding, and how many of its tokens are read."""
-        read = tokens.index(self.sop) if self.sop in tokens else len(tokens)
-        written = torch.arange(1, len(tokens) - read + 1)
-        place = torch.zeros(len(tokens), 2, dtype=torch.long)
-        place[:, 0] = torch.arange(len(tokens))
-        place[read:, 1] = written
-        if len(written):
-            mask = next((mask for mask in self.masks if mask in tokens), None)
-            if mask is None:
-                raise LayoutError(
-                    f"ids hold the start token {self.sop} but none of the blanks {list(self.masks)} it fills: "
-                    "put a mask token before it, or give a Layout"
-                )
-            if self.axes == 2 or mask in self.fixed:
-                place[read:, 0] = tokens.index(mask)
-        return place[:, : self.axes], read
+    def read_and_blank(self, tokens: list[int]) -> tuple[int, int | None]:
+        """How many tokens of a row are read, and the fixed place of what is written; None: places go on counting."""
+        if self.sop not in tokens:
+            return len(tokens), None
+        mask = next((mask for mask in self.masks if mask in tokens), None)
+        if mask is None:
+            raise LayoutError(
+                f"ids hold the start token {self.sop} but none of the blanks {list(self.masks)} it fills: "
+                "put a mask token before it, or give a Layout"
+            )
+        return tokens.index(self.sop), tokens.index(mask) if mask in self.fixed else None
+
+    def places(self, count: int, read: int, blank: int | None) -> Tensor:
+        """Position ids [count, axes] of a row of which `read` tokens are read."""
+        place = torch.stack((torch.arange(count), torch.zeros(count, dtype=torch.long)), dim=-1)
+        place[read:, 1] = torch.arange(1, count - read + 1)
+        if blank is not None:
+            place[read:, 0] = blank
+        return place[:, : self.axes]
 
     def following(self, layout: Layout, count: int) -> Layout:
         """The layout of the next `count` written tokens. Raises LayoutError while a row is still being read."""
-        if self.axes == 2 and bool((layout.positions[:, -1, 1] == 0).any()):
-            raise LayoutError(
-                f"what is read sees all of itself: give it in one call up to and with the start token {self.sop}"
-            )
-        if self.axes == 1 and layout.positions.shape[1] > 1:
-            last = layout.positions[:, -2:, 0]
-            if bool((last[:, 0] == last[:, 1]).any()):
-                raise LayoutError("a one-axis blank with a fixed place cannot be continued without a Layout")
         return layout.following(count, self.step)
 
 
 LayoutRule = Causal | Blank
 
 
+def fitting(ids: Tensor, real: Tensor | None) -> None:
+    """Raise LayoutError unless `real` says of each of the ids whether it is no padding."""
+    if real is not None and (real.dtype != torch.bool or real.shape != ids.shape):
+        raise LayoutError(f"real must be bool {list(ids.shape)}, not {real.dtype} {list(real.shape)}")
+
+
 def padded(positions: Tensor, real: Tensor, prefix: Tensor | None) -> Layout:
     """The rule for rows with padding: on the left it is a `start`, anywhere else it is written out."""
-    if real.dtype != torch.bool or real.shape != positions.shape[:2]:
-        raise LayoutError(
-            f"real must be bool {list(positions.shape[:2])}, not {real.dtype} {list(real.shape)}"
-        )
     start = real.shape[1] - real.sum(-1)
     everywhere = Layout.rule(positions, start=start, prefix=prefix)
     on_the_left = torch.arange(real.shape[1], device=real.device) >= start[:, None]

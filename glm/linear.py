@@ -1,5 +1,6 @@
-"""How a block's matrices are stored: as floating-point numbers, or as small integers with one scale a row."""
+"""Linear layers, and how their matrices are stored: as floating-point numbers, or as integers with one scale a row."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ class Dense:
 
     def linear(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
         """A module [..., inputs] -> [..., outputs]."""
-        return nn.Linear(inputs, outputs, bias=bias)
+        return Linear(inputs, outputs, bias=bias)
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,26 @@ class RowScaled:
 
 
 Weights = Dense | RowScaled
+
+
+class Linear(nn.Linear):
+    """y = W x + b, a single float32 row on the CPU by all threads.
+
+    Decoding one token is nothing but products of a matrix and a vector. BLAS computes one of those in one thread,
+    at half the speed of memory or less, but several of a batch side by side: so the rows of W are dealt out.
+    """
+
+    def reset_parameters(self) -> None:
+        """Nothing: `GLM` draws its numbers or loads them. (On "meta", torch's own way would import its compiler.)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        if x.numel() != self.in_features or x.dtype != torch.float32 or x.device.type != "cpu":
+            return super().forward(x)
+        parts = math.gcd(self.out_features, torch.get_num_threads())
+        rows = self.weight.view(parts, -1, self.in_features)
+        y = torch.bmm(x.view(1, 1, -1).expand(parts, -1, -1), rows.transpose(1, 2)).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
 
 class RowScaledLinear(nn.Module):
@@ -64,5 +85,5 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 def pack_int4(values: Tensor) -> Tensor:
     """int8 values -8..7 [..., 2n] -> int8 bytes [..., n]: even columns in the high nibble."""
-    high, low = values.unflatten(-1, (-1, 2)).unbind(-1)
+    high, low = values[..., 0::2], values[..., 1::2]
     return (high << 4) | (low & 15)

@@ -23,19 +23,19 @@ def memory_found(device: torch.device | str | None = None) -> Found | None:
         ours = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return Found(free + ours, f"free on {torch.cuda.get_device_name(device)}")
     if device.type in ("cpu", "mps"):
-        known = [found for found in (_memory_available(), _control_group()) if found is not None]
+        known = [found for found in (_system(), _control_group()) if found is not None]
         return min(known, default=None)
     return None
 
 
-def _memory_available() -> Found | None:
+def _system(meminfo: Path = Path("/proc/meminfo")) -> Found | None:
     """What Linux calls available (free, or a cache it can drop); elsewhere what sysconf knows."""
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return Found(int(lines["MemAvailable"].split()[0]) * 1024, "of memory available")
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return Found(int(lines["MemAvailable"].split()[0]) * 1024, "available")
     except (OSError, ValueError, KeyError, IndexError):
         pass
-    for pages, where in (("SC_AVPHYS_PAGES", "of memory free"), ("SC_PHYS_PAGES", "of memory installed")):
+    for pages, where in (("SC_AVPHYS_PAGES", "free"), ("SC_PHYS_PAGES", "installed")):
         try:
             return Found(os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE"), where)
         except (AttributeError, OSError, ValueError):  # no sysconf (Windows), or not this name (macOS)
@@ -43,10 +43,7 @@ def _memory_available() -> Found | None:
     return None
 
 
-CGROUP = Path("/sys/fs/cgroup")
-
-
-def _control_group(root: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> Found | None:
+def _control_group(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> Found | None:
     """What the limits of this process's control groups (a container's memory limit) leave, the tightest of them.
 
     Version 2 keeps memory.max and memory.current in the group's folder, version 1 memory.limit_in_bytes and
@@ -62,7 +59,7 @@ def _control_group(root: Path = CGROUP, membership: Path = Path("/proc/self/cgro
             left.append(max(0, limit - usage + int(stat.get(inactive, 0))))
         except (OSError, ValueError):
             continue
-    return Found(min(left), "left of the container's memory limit") if left else None
+    return Found(min(left), "left within the container's limit") if left else None
 
 
 def _groups(root: Path, membership: Path) -> Iterator[tuple[Path, str, str, str]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from glm.cache import Cache, Memory, Passing
 from glm.errors import LayoutError
 from glm.layout import Layout, Mask
-from glm.linear import Weights
+from glm.linear import Dense, Weights
 from glm.positions import Rotation
 from glm.spec import Block, Spec
 
@@ -50,20 +50,21 @@ class GLM(nn.Module):
         super().__init__()
         self.spec = spec
         with torch.device("meta"):
-            self.embedding = nn.Embedding(spec.vocabulary, spec.width)
+            self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocabulary, spec.width), freeze=False)
             self.prefix = None
             if spec.prefix is not None:
                 mixer = spec.blocks[0].mixer
                 self.prefix = spec.prefix.build(len(spec.blocks), mixer.groups, mixer.head_width)
             self.blocks = nn.ModuleList(BlockModule(block, spec.width, spec.weights) for block in spec.blocks)
             self.final_norm = nn.Identity() if spec.final_norm is None else spec.final_norm.build(spec.width)
-            self.head = nn.Linear(spec.width, spec.vocabulary, bias=False)
-        if spec.tied:
-            self.head.weight = self.embedding.weight
+            self.head = Dense().linear(spec.width, spec.vocabulary, bias=False)
         self.to(dtype or torch.get_default_dtype())
         device = torch.device(device or torch.get_default_device())
         if device.type != "meta":
             self.to_empty(device=device)
+        if spec.tied:  # not earlier: to_empty would give each its own memory
+            self.head.weight = self.embedding.weight
+        if device.type != "meta":
             self.initialise(seed)
 
     def initialise(self, seed: int | None = None) -> None:
@@ -185,9 +186,10 @@ class GLM(nn.Module):
         B, T = ids.shape
         if cache is not None:
             cache.room_for(B, T)
-        if layout is None:
-            follows = cache is not None and cache.layout is not None
-            layout = self.spec.reading.following(cache.layout, T) if follows else self.layout(ids)  # type: ignore[union-attr, arg-type]
+        if layout is None and cache is not None and cache.layout is not None:
+            layout = self.spec.reading.following(cache.layout, T)
+        elif layout is None:
+            layout = self.layout(ids)
         earlier = 0 if cache is None else cache.filled
         if layout.positions.shape[:2] != (B, T) or layout.keys != earlier + T:
             raise LayoutError(

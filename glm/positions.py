@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glm.errors import LayoutError
 from glm.norms import wide
 
 
@@ -111,7 +112,9 @@ class Rotary:
         return self.scaling.stretch(omega, self.base)
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> "Rotation":
-        """The turns for position ids [B, T, A], made once for all layers of a forward pass."""
+        """The turns for position ids [B, T, A], made once for all layers of a forward pass. Raises LayoutError."""
+        if positions.shape[-1] != len(self.widths):
+            raise LayoutError(f"positions have {positions.shape[-1]} axes, but the model turns by {len(self.widths)}")
         wider = torch.float64 if dtype == torch.float64 else torch.float32
         turns = []
         for axis, width in enumerate(self.widths):

@@ -83,7 +83,7 @@ class ScaledModule(nn.Module):
 
     def forward(self, x: Tensor, f: Sublayer) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        h = self.before(x)
+        h: Tensor = self.before(x)
         return self.alpha * h + f(h)
 
 

@@ -36,23 +36,23 @@ class Sandbox:
         self._lock = threading.Lock()
         atexit.register(self.close)
 
-    def ask(self, template: str, variables: dict[str, Any], seconds: float = SECONDS) -> dict[str, Any]:
-        """`{"text": …, "unread": [variables it never looks at]}` or `{"error": why}`, within `seconds`.
+    def ask(self, template: str, variables: dict[str, Any], seconds: float = SECONDS) -> dict[str, str]:
+        """`{"text": …}` or `{"error": why}`, within `seconds`.
 
         TypeError or ValueError if `variables` do not fit into JSON.
         """
         question = json.dumps({"template": template, "variables": variables, "seconds": seconds}).encode()
         with self._lock:
-            if self._worker is None or self._owner != os.getpid() or self._worker.poll() is not None:
-                self._worker, self._owner = _start(), os.getpid()
-                if _exchange(self._worker, b"", START_SECONDS) is None:
-                    self._worker = None
+            worker, self._worker = self._worker, None  # ours again only when it has answered, whatever interrupts us
+            if worker is None or self._owner != os.getpid() or worker.poll() is not None:
+                worker, self._owner = _started(), os.getpid()
+                if worker is None:
                     return {"error": "the worker process for templates did not start"}
-            answer = _exchange(self._worker, question, seconds)
+            answer = _exchange(worker, question, seconds)
             if answer is None:
-                self._worker = None
                 return {"error": f"it took more than {seconds:g} s or {MEMORY >> 20} MiB"}
-        reply: dict[str, Any] = json.loads(answer)
+            self._worker = worker
+        reply: dict[str, str] = json.loads(answer)
         return reply
 
     def close(self) -> None:
@@ -62,14 +62,19 @@ class Sandbox:
             _stop(worker)
 
 
-def _start() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-P", __file__],  # -P: this folder's modules do not shadow the standard library's
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for us
-    )
+def _started() -> subprocess.Popen[bytes] | None:
+    """A worker that has greeted; None if that fails."""
+    try:
+        worker = subprocess.Popen(
+            [sys.executable, "-P", __file__],  # -P: this folder's modules do not shadow the standard library's
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us
+        )
+    except OSError:
+        return None
+    return worker if _exchange(worker, b"", START_SECONDS) else None
 
 
 def _stop(worker: subprocess.Popen[bytes]) -> None:
@@ -134,16 +139,15 @@ def _alarm(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
-def _render(template: str, variables: dict[str, Any]) -> dict[str, Any]:
+def _render(template: str, variables: dict[str, Any]) -> dict[str, str]:
     chunks, size = [], 0
     try:
-        generate, reads = _compiled(template)
-        for chunk in generate(variables):
+        for chunk in _compiled(template)(variables):
             chunks.append(chunk)
             size += len(chunk)
             if size > CHARACTERS:
                 return {"error": f"it writes more than {CHARACTERS:,} characters"}
-        return {"text": "".join(chunks), "unread": [name for name in variables if name not in reads]}
+        return {"text": "".join(chunks)}
     except MemoryError:
         return {"error": f"it took more than {MEMORY >> 20} MiB"}
     except Exception as error:
@@ -151,11 +155,11 @@ def _render(template: str, variables: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> tuple[Callable[[dict[str, Any]], Iterator[str]], set[str]]:
-    """The template, and the variables it reads, in the environment checkpoints write for: that of transformers."""
+def _compiled(template: str) -> Callable[[dict[str, Any]], Iterator[str]]:
+    """The template in the environment that checkpoints write theirs for: that of transformers."""
     from datetime import datetime
 
-    from jinja2 import TemplateError, meta, nodes
+    from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -187,8 +191,7 @@ def _compiled(template: str) -> tuple[Callable[[dict[str, Any]], Iterator[str]],
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    reads = meta.find_undeclared_variables(environment.parse(template))
-    return environment.from_string(template).generate, reads
+    return environment.from_string(template).generate
 
 
 if __name__ == "__main__":

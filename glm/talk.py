@@ -1,6 +1,6 @@
 """A conversation with a model: remembers what was said, asks for the next answer, hands it out as it is written."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from glm.chat import Message
@@ -14,13 +14,20 @@ PIECE = 2048  # tokens of a prompt read at once where the model allows it: bound
 
 
 class Talk:
-    """`sampling` is what `glm.stream` takes besides the prompt: temperature, top_p, seed and so on."""
+    """`rounds` is how many earlier ones the model is shown, None all that fit; `sampling` what `glm.stream` takes."""
 
     def __init__(
-        self, model: GLM, tokenizer: Tokenizer, *, max_new_tokens: int, system: str | None = None, **sampling: Any
+        self,
+        model: GLM,
+        tokenizer: Tokenizer,
+        *,
+        max_new_tokens: int,
+        system: str | None = None,
+        rounds: int | None = None,
+        **sampling: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.max_new_tokens, self.sampling = max_new_tokens, sampling
+        self.max_new_tokens, self.rounds, self.sampling = max_new_tokens, rounds, sampling
         self.system: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = []
         self.forgotten = 0  # rounds dropped since the context was full
@@ -30,7 +37,7 @@ class Talk:
         """Forget everything but the system message."""
         self.messages.clear()
 
-    def ask(self, question: str) -> Iterator[str]:
+    def ask(self, question: str) -> Generator[str, None, None]:
         """The answer, in pieces as they become certain.
 
         Question and answer are then part of the conversation; of an answer that is not read to its end (because
@@ -40,7 +47,7 @@ class Talk:
         prompt = self.prompt(question)
         ids: list[int] = []
         try:
-            yield from self.told(self.written(prompt, ids))
+            yield from self.told(spelt(self.tokenizer, self.written(prompt, ids)))
         finally:
             if ids:
                 self.messages += [{"role": "user", "content": question}, self.tokenizer.parse(ids)]
@@ -49,6 +56,8 @@ class Talk:
         """The conversation up to `question` as ids, with room for an answer of a quarter of the context."""
         context = self.model.spec.context
         room = min(self.max_new_tokens, context // 4)
+        if self.rounds is not None:
+            del self.messages[: max(0, len(self.messages) - 2 * self.rounds)]
         while True:
             asked = [*self.system, *self.messages, {"role": "user", "content": question}]
             ids = self.tokenizer.chat(asked)
@@ -61,18 +70,16 @@ class Talk:
             del self.messages[:2]
             self.forgotten += 1
 
-    def written(self, prompt: list[int], ids: list[int]) -> Iterator[str]:
-        """The text of the tokens that follow `prompt`, piece by piece; the tokens are put into `ids`."""
+    def written(self, prompt: list[int], ids: list[int]) -> Iterator[int]:
+        """The ids that follow `prompt`, one by one; they are put into `ids` as well."""
         room = min(self.max_new_tokens, self.model.spec.context - len(prompt))
         chunk = PIECE if isinstance(self.model.spec.reading, Causal) else None
-        text = self.tokenizer.stream(special=False)
         for id in stream(
             self.model, prompt, max_new_tokens=room, stop=self.tokenizer.stop, chunk=chunk, **self.sampling
         ):
             ids.append(id)
-            yield text.put(id)
+            yield id
         self.cut = len(ids) == room
-        yield text.end()
 
     def told(self, pieces: Iterable[str]) -> Iterator[str]:
         """What the release's reader of answers makes of the text so far, as far as it will not change any more.
@@ -91,3 +98,11 @@ class Talk:
                 yield said[len(told) : -1]
                 told = said[:-1]
         yield said[len(told) :]
+
+
+def spelt(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text of `ids` without special tokens, piece by piece, never half a character."""
+    text = tokenizer.stream(special=False)
+    for id in ids:
+        yield text.put(id)
+    yield text.end()

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -148,22 +148,34 @@ def read_tensor(name: str, info: TensorInfo, target: Tensor) -> None:
     Besides `target` this holds one piece of a few MiB. Raises CheckpointError when the file ends early, or when
     `target` receives NaN or Inf.
     """
-    if not target.numel():
-        return
     target = target if target.dim() else target[None]
-    rows = max(1, PIECE // (target[0].numel() * info.dtype.itemsize))
-    buffer = torch.empty(min(rows, len(target)), *target.shape[1:], dtype=info.dtype, device="cpu")
+    for start, piece in pieces(name, info, target.shape):
+        part = target[start : start + len(piece)]
+        part.copy_(piece)
+        if not finite(part):
+            raise CheckpointError(unfit(name, info, piece, part.dtype))
+
+
+def scan_tensor(name: str, info: TensorInfo) -> None:
+    """Raises CheckpointError when a tensor nobody needs cannot be read to its end, or has NaN or Inf in it."""
+    for _, piece in pieces(name, info, (math.prod(info.shape),)):
+        if not finite(piece):
+            raise CheckpointError(unfit(name, info, piece, piece.dtype))
+
+
+def pieces(name: str, info: TensorInfo, shape: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """A tensor, seen as `shape`, in runs of rows: (first row, rows). Each run overwrites the one before."""
+    if not math.prod(shape):
+        return
+    rows = max(1, PIECE // (math.prod(shape[1:]) * info.dtype.itemsize))
+    buffer = torch.empty(min(rows, shape[0]), *shape[1:], dtype=info.dtype, device="cpu")
     try:
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.begin)
-            for start in range(0, len(target), rows):
-                part = target[start : start + rows]
-                piece = buffer[: len(part)]
+            for start in range(0, shape[0], rows):
+                piece = buffer[: shape[0] - start]
                 read_exactly(file, piece)
-                arrived = piece.to(part.device, part.dtype)
-                if not finite(arrived):
-                    raise CheckpointError(unfit(name, info, piece, part.dtype))
-                part.copy_(arrived)
+                yield start, piece
     except (OSError, EOFError) as error:
         raise CheckpointError(f"{info.file}: the tensor {shown(name)} cannot be read ({error})") from None
 
@@ -179,7 +191,7 @@ def read_exactly(file: FileIO, piece: Tensor) -> None:
 
 def finite(x: Tensor) -> bool:
     """Whether no element is NaN or Inf. The extremes tell, at the speed of memory and without a second tensor."""
-    if not x.is_floating_point():
+    if not (x.is_floating_point() and x.numel()):
         return True
     return all(math.isfinite(extreme) for extreme in (x.float() if x.dtype.itemsize == 1 else x).aminmax())
 

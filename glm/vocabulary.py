@@ -210,11 +210,16 @@ class Ranks(Vocabulary):
 class ByteLevel(Vocabulary):
     """A byte-level BPE in the `tokenizers` library's tokenizer.json."""
 
+    CONTROL = re.compile(r"<\|.*\|>|\[.*MASK\]|<[se]op>|<pad>")
+
     def __init__(self, file: bytes) -> None:
         self._bpe = tokenizers.Tokenizer.from_buffer(file)
         if "ByteLevel" not in repr(self._bpe.decoder):
             raise TokenizerError("it is no byte-level vocabulary, as those of all GLM releases are")
         self._bpe.encode_special_tokens = True  # that is: as the text they are written in
+        found = [token.content for token in self._bpe.get_added_tokens_decoder().values()]
+        control = [name for name in found if self.CONTROL.fullmatch(name)]  # even where the file calls it ordinary
+        self._bpe.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in control])
         self._bpe.no_padding()
         self._bpe.no_truncation()
         added = self._bpe.get_added_tokens_decoder()

@@ -155,7 +155,9 @@ def test_decoding_agrees_with_sentencepiece_on_any_pieces(name: str) -> None:
     file = next(f for f in ("ice_text.model", "tokenizer.model") if (VOCABULARIES / name / f).exists())
     model = sentencepiece.SentencePieceProcessor(model_file=str(VOCABULARIES / name / file))
     first_byte = model.piece_to_id("<0x00>")
-    plain = tok if name == "chatglm2-6b" else Tokenizer(SentencePiece((VOCABULARIES / name / file).read_bytes()), CHATGLM)
+    plain = (
+        tok if name == "chatglm2-6b" else Tokenizer(SentencePiece((VOCABULARIES / name / file).read_bytes()), CHATGLM)
+    )
     id = st.one_of(
         st.integers(3, len(model) - 1), st.integers(first_byte, first_byte + 255), st.sampled_from([1, 2, 5, 30910])
     )
@@ -232,7 +234,9 @@ def test_long_answers_are_decoded_in_linear_time(name: str) -> None:
     ids = tok.encode("a你好 ") * 12_500
     stream, start = tok.stream(), time.perf_counter()
     text = "".join(map(stream.put, ids)) + stream.end()
-    assert time.perf_counter() - start < 5  # seconds for 50 000 tokens or more; decoding all anew each time takes minutes
+    assert (
+        time.perf_counter() - start < 5
+    )  # seconds for 50 000 tokens or more; decoding all anew each time takes minutes
     assert len(text) >= 12_500 * 3
 
 
@@ -265,7 +269,8 @@ def byte_level(special: list[str], others: list[str] | None = None, adds: str = 
     corpus = ["What is GLM? A general language model.", "什么是注意力？你好，世界。"] * 20
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        corpus,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     bpe.add_tokens(others or [])
     if adds:
@@ -292,7 +297,7 @@ def test_tiny_follows_chatglm(tiny: Tokenizer) -> None:
     assert tiny.encode("你好 GLM\n\t  x", special=True) == [*question, gmask, sop]
     assert tiny.chat([{"role": "user", "content": "你好 GLM\n\t  x"}]) == [*question, gmask, sop]
     assert tiny.encode("a", pair="b") == [*tiny.encode("a"), gmask, sop, *tiny.encode("b"), eop]
-    assert tiny.infill("A [MASK] model") == [*tiny.encode("A "), mask, *tiny.encode(" model"), sop]
+    assert tiny.infill("A [MASK] model") == [*tiny.encode("A"), mask, *tiny.encode("model"), sop]
     assert tiny.stop == (eop,)
     assert tiny.pad == tiny.id("<pad>")
     assert tiny.decode([mask, *question, eop]) == "你好 GLM\n\t  x"
@@ -404,7 +409,7 @@ def test_infilling_is_refused_where_it_was_not_trained() -> None:
     ("mine", {}, "ChatGLM3-6B"),
     ("mine", {"config.json": {"_name_or_path": "THUDM/chatglm2-6b"}}, "ChatGLM2-6B"),
     ("chatglm3", {"tokenizer_config.json": {"name_or_path": "THUDM/chatglm2-6b"}}, "ChatGLM2-6B"),
-    ("chatglm2", {"tokenizer_config.json": {"added_tokens_decoder": {"64795": {"content": "<|user|>"}}}}, "ChatGLM3-6B"),
+    ("chatglm2", {"tokenizer_config.json": {"added_tokens_decoder": {"9": {"content": "<|user|>"}}}}, "ChatGLM3-6B"),
 ])  # fmt: skip
 def test_chatglm2_and_3_are_told_apart(tmp_path: Path, folder: str, files: dict, expected: str) -> None:
     official("chatglm2-6b")
@@ -464,32 +469,35 @@ def test_importing_it_leaves_torch_alone() -> None:
 # ---------------------------------------------------------------- one clear error for everything else
 
 
-GOOD_RANKS = ranks([])
+GOOD_RANKS, GOOD_JSON = ranks([]), byte_level(TINY)
+WORDS = tokenizers.Tokenizer(models.WordLevel({"a": 0}, "a")).to_str().encode()
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"
+MODEL, JSON, ICE = "tokenizer.model", "tokenizer.json", "ice_text.model"
+CONFIG, OWN = "config.json", "tokenizer_config.json"
 BAD = {
-    "nothing": ({}, "holds no vocabulary"),
-    "pointer": ({"tokenizer.model": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"}, "git lfs pull"),
-    "empty": ({"tokenizer.model": b""}, "tokenizer.model is empty"),
-    "garbage": ({"tokenizer.model": b"\x7fELF" + bytes(100)}, "damaged or of an unknown kind"),
-    "garbage ice": ({"ice_text.model": b"hello"}, "damaged or of an unknown kind"),
-    "html": ({"tokenizer.json": b"<!doctype html>"}, "damaged or of an unknown kind"),
-    "no model": ({"tokenizer.json": b"{}"}, "damaged or of an unknown kind"),
-    "deep": ({"tokenizer.json": b'{"a":' * 100_000}, "damaged or of an unknown kind"),
-    "no base64": ({"tokenizer.model": b"AA== 0\n!!!! 1\n"}, "damaged or of an unknown kind"),
-    "gap": ({"tokenizer.model": GOOD_RANKS + b"YWI= 300\n"}, "do not count from 0"),
-    "short": ({"tokenizer.model": GOOD_RANKS}, "256 pieces and should have 151,329"),
-    "no line end": ({"tokenizer.model": GOOD_RANKS[:-5]}, "damaged|do not count"),
-    "foreign pieces": ({"tokenizer.json": byte_level(["<s>"])}, "neither the <|user|>"),
-    "no byte level": ({"tokenizer.json": tokenizers.Tokenizer(models.WordLevel({"a": 0}, "a")).to_str().encode()}, "byte-level"),
-    "bad config": ({"tokenizer.json": byte_level(TINY), "config.json": b"{"}, "config.json is not valid JSON"),
-    "deep config": ({"tokenizer.json": byte_level(TINY), "config.json": b"[" * 100_000}, "config.json is not valid JSON"),
-    "list config": ({"tokenizer.json": byte_level(TINY), "config.json": b"[]"}, "must hold a JSON object"),
-    "latin config": ({"tokenizer.json": byte_level(TINY), "config.json": b'{"a": "\xe9"}'}, "config.json is not valid JSON"),
-    "bad template": ({"tokenizer.json": byte_level(TINY), "tokenizer_config.json": b'{"chat_template": [1]}'}, "chat template"),
-    "bad added": ({"tokenizer.model": GOOD_RANKS, "tokenizer_config.json": b'{"added_tokens_decoder": [1]}'}, "no table of tokens"),
-    "missing role": (
-        {"tokenizer.json": byte_level(["<|user|>", "<|endoftext|>"])}, r"no token <\|observation\|>"
-    ),
-}  # fmt: skip
+    "nothing": ({}, r"holds no vocabulary"),
+    "pointer": ({MODEL: POINTER}, r"git lfs pull"),
+    "empty": ({MODEL: b""}, r"tokenizer.model is empty"),
+    "garbage": ({MODEL: b"\x7fELF" + bytes(100)}, r"damaged or of an unknown kind"),
+    "garbage ice": ({ICE: b"hello"}, r"damaged or of an unknown kind"),
+    "html": ({JSON: b"<!doctype html>"}, r"damaged or of an unknown kind"),
+    "no model": ({JSON: b"{}"}, r"damaged or of an unknown kind"),
+    "deep": ({JSON: b'{"a":' * 100_000}, r"damaged or of an unknown kind"),
+    "no base64": ({MODEL: b"AA== 0\n!!!! 1\n"}, r"damaged or of an unknown kind"),
+    "gap": ({MODEL: GOOD_RANKS + b"YWI= 300\n"}, r"do not count from 0"),
+    "twice": ({MODEL: GOOD_RANKS + b"YWI= 255\n"}, r"do not count from 0"),
+    "short": ({MODEL: GOOD_RANKS}, r"256 pieces and should have 151,329"),
+    "no line end": ({MODEL: GOOD_RANKS[:-5]}, r"damaged or of an unknown kind"),
+    "foreign pieces": ({JSON: byte_level(["<s>"])}, r"neither the <\|user\|>"),
+    "no byte level": ({JSON: WORDS}, r"byte-level"),
+    "bad config": ({JSON: GOOD_JSON, CONFIG: b"{"}, r"config.json is not valid JSON"),
+    "deep config": ({JSON: GOOD_JSON, CONFIG: b"[" * 100_000}, r"config.json is not valid JSON"),
+    "list config": ({JSON: GOOD_JSON, CONFIG: b"[]"}, r"must hold a JSON object"),
+    "latin config": ({JSON: GOOD_JSON, CONFIG: b'{"a": "\xe9"}'}, r"config.json is not valid JSON"),
+    "bad template": ({JSON: GOOD_JSON, OWN: b'{"chat_template": [1]}'}, r"chat template"),
+    "bad added": ({MODEL: GOOD_RANKS, OWN: b'{"added_tokens_decoder": [1]}'}, r"no table of tokens"),
+    "missing role": ({JSON: byte_level(["<|user|>", "<|endoftext|>"])}, r"no token <\|observation\|>"),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -497,7 +505,7 @@ def test_damaged_folders_are_refused(tmp_path: Path, case: str) -> None:
     files, message = BAD[case]
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(TokenizerError, match=message.replace("<|user|>", r"<\|user\|>")) as caught:
+    with pytest.raises(TokenizerError, match=message) as caught:
         Tokenizer.from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -534,7 +542,7 @@ def test_a_generation_must_fit_its_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["a\ud800b", "\udfff", b"bytes", None, 3])
 def test_what_is_no_text_is_refused(name: str, text: object) -> None:
     tok = byte_tokenizer() if name == "bytes" else official(name)
-    with pytest.raises(TokenizerError, match="surrogate|must be a str"):
+    with pytest.raises(TokenizerError, match=r"surrogate|must be a str"):
         tok.encode(text)  # type: ignore[arg-type]
     if isinstance(text, str):
         with pytest.raises(GLMError):

@@ -139,7 +139,6 @@ def spec(config: Config, name: str) -> Spec:
 def config(spec: Spec) -> dict[str, Any]:
     """The config.json of a spec, in the official field names."""
     block, scaling = spec.blocks[0], spec.rotary.scaling
-    divide = isinstance(scaling, Interpolation)
     fields: dict[str, Any] = {
         "architectures": ["ChatGLMModel"],
         "model_type": "chatglm",
@@ -167,7 +166,7 @@ def config(spec: Spec) -> dict[str, Any]:
         "eos_token_id": spec.stop[0] if len(spec.stop) == 1 else list(spec.stop),
         "pad_token_id": spec.pad,
     }
-    if divide:
+    if isinstance(scaling, Interpolation):
         fields |= {"_name_or_path": "THUDM/chatglm2-6b-32k", "rope_ratio": scaling.factor}
     elif spec.rotary.base != 10000.0:
         fields["rope_ratio"] = spec.rotary.base / 10000.0

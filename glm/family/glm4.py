@@ -88,7 +88,7 @@ def spec(config: Config, name: str, wiring: Wiring = Pre()) -> Spec:
         context=context,
         eps=f.number("rms_norm_eps", 0, 1),
         rotary=rope.rotary(config, head_width, context, "interleaved"),
-        qkv_bias=f.flag("attention_bias", default=False),
+        qkv_bias=f.flag("attention_bias", default=True),
         pad=f.integer("pad_token_id", 0, 1 << 22) if "pad_token_id" in f else None,
         stop=f.ids("eos_token_id"),
         tied=f.flag("tie_word_embeddings", default=False),
@@ -214,7 +214,7 @@ RELEASES = (
 
 GENERATION = Generation(
     name="glm4",
-    recognises=lambda config: config.get("model_type") == "glm",
+    recognises=lambda config: config.get("model_type") == "glm" and "num_hidden_layers" in config,  # GLM-10B has not
     spec=spec,
     config=config,
     names=NAMES,

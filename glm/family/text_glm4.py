@@ -46,7 +46,7 @@ def described(tool: Tool) -> str:
     """The paragraph on one tool: a function's JSON, or the fixed text of a built-in one."""
     kind = tool.get("type", "function")
     if kind != "function":
-        return BUILT_IN.get(kind, "")
+        return BUILT_IN.get(str(kind), "")
     function: Tool = tool.get("function", tool)
     return f"\n## {function.get('name', '')}\n\n{json.dumps(function, indent=4, ensure_ascii=False)}\n{CALLING}"
 

@@ -77,7 +77,7 @@ def said(message: Message, thoughts: bool) -> list[Part]:
 
 def called(call: Mapping[str, Mapping[str, object]]) -> str:
     """One tool call, argument by argument; those that are not strings as JSON."""
-    function = call.get("function") or call
+    function: Mapping[str, object] = call.get("function") or call
     arguments = function.get("arguments") or {}
     if not isinstance(arguments, Mapping):
         raise PromptError("the arguments of a tool call must be a mapping, not their JSON text")

@@ -63,7 +63,7 @@ def main() -> None:
 
             folder = Path(place) / options.release
             start = time.perf_counter()
-            synthesize(options.release, folder, progress=True)
+            synthesize(options.release, folder)
             print(f"synthesised in {time.perf_counter() - start:.0f} s", file=sys.stderr)
         result = provenance() | {"release": options.release} | measure(folder)
     print(write("load_memory", result))

@@ -1,0 +1,491 @@
+"""The command line as its users meet it: what is printed where, exit statuses, pipes, a terminal, Ctrl-C."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tokenizers
+import torch
+from golden_folders import GOLDENS
+from tokenizers import decoders, models, pre_tokenizers
+
+import glm
+from glm import cli, talk
+from glm.export import save_pretrained
+from glm.family.chatglm import build
+from glm.model import GLM
+from glm.talk import Talk
+from glm.tokenizer import Tokenizer
+
+PROJECT = Path(__file__).parents[1]
+COMMANDS = ["chat", "complete", "infill", "info", "releases", "tokenize", "verify", "convert", "synthesize", "train"]
+TINY = PROJECT / "weights" / "tiny-glm"
+SPECIAL = ("<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of random weights in ChatGLM-6B's layout, with a vocabulary of bytes, for 128 tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = tokenizers.Tokenizer(models.BPE(vocab={sign: id for id, sign in enumerate(alphabet)}, merges=[]))
+    vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocabulary.decoder = decoders.ByteLevel()
+    vocabulary.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in SPECIAL])
+    pad, mask, gmask, _, sop, eop = map(vocabulary.token_to_id, SPECIAL)
+    spec = build(
+        layers=2, width=32, inner=64, heads=2, vocabulary=vocabulary.get_vocab_size(), context=128, eps=1e-5,
+        two_axes=True, sop=sop, mask=mask, gmask=gmask, pad=pad, stop=(eop,),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "small"
+    save_pretrained(GLM(spec, dtype=torch.float32, seed=1), folder, generation="chatglm", dtype=torch.float16)
+    vocabulary.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs one command in this process, with `typed` on its standard input."""
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # other tests run in this process too
+
+    def run(*arguments: str, typed: str = "") -> Ran:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
+        capsys.readouterr()
+        return Ran(cli.main(arguments), *capsys.readouterr())
+
+    return run
+
+
+def process(*arguments: str, typed: str | bytes = "", **environment: str) -> Ran:
+    """Runs one command as its own process."""
+    typed = typed.encode() if isinstance(typed, str) else typed
+    done = subprocess.run(
+        [sys.executable, "-m", "glm", *arguments],
+        input=typed, capture_output=True, timeout=120, check=False,
+        env=os.environ | {"PYTHONPATH": str(PROJECT)} | environment,
+    )  # fmt: skip
+    return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+# -- help and errors ---------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_and_needs_no_torch() -> None:
+    program = (
+        "import sys; from glm.cli import main; status = main(['--help']);"
+        "sys.exit(status or any(name in sys.modules for name in ('torch', 'tokenizers', 'huggingface_hub')))"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=PROJECT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.findall("^  ([a-z]+)  ", done.stdout.split("Commands:")[1], re.MULTILINE) == COMMANDS
+    assert time.perf_counter() - began < 5  # 0.2 s on a machine with nothing else to do
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_has_an_example_that_can_be_read(run: Run, command: str) -> None:
+    status, out, err = run(command, "--help")
+    assert (status, err) == (0, "")
+    assert all(len(line) <= 80 for line in out.splitlines())
+    words = shlex.split(" ".join(out.split("Example:")[1].split()))
+    assert words[:2] == ["glm", command]
+    named = {word for word in words if word.startswith("--")}
+    assert named <= set(re.findall(r"--[a-z-]+", out.split("Example:")[0]))
+
+
+def test_no_command_is_a_question_for_help(run: Run) -> None:
+    assert run().out == run("--help").out == run("-h").out
+    assert run().status == 0
+
+
+def test_version(run: Run) -> None:
+    assert re.fullmatch(r"\d+\.\d+\S*|not installed", run("--version").out.strip())
+
+
+MISTAKES = {
+    "chat /nowhere": (1, "/nowhere: there is no such folder"),
+    "chat Makefile": (1, "is a file"),
+    "chat SMALL --device cuda:99": (1, "try --device cpu"),
+    "chat SMALL --device sideways": (1, "try --device cpu"),
+    "chat SMALL --dtype int3": (2, "'int3' is not one of float64"),
+    "chat SMALL --seed x": (2, "--seed"),
+    "chat SMALL --temperature -1": (1, "temperature is 0 (greedy)"),
+    "chat SMALL --top-p 0": (1, "top_p"),
+    "chat SMALL --top-k -1": (1, "top_k"),
+    "chat SMALL --repetition-penalty 0": (1, "repetition_penalty"),
+    "chat SMALL --temperatur 1": (2, "try `glm chat --help`"),
+    "chat SMALL more": (2, "try `glm chat --help`"),
+    "complete": (2, "TEXT"),
+    "infill no-blank -s SMALL": (1, "no [MASK] in the text"),
+    "info chatglm9-6b": (1, "no such folder"),
+    "info chatglm-6b --context 0": (1, "context of 0 tokens"),
+    "info chatglm-6b --weights int3": (1, "'int3'; choose one of stored, fp32, bf16, int8, int4"),
+    "tokenize x -s /nowhere": (1, "/nowhere"),
+    "verify": (2, "FOLDER"),
+    "convert SMALL SMALL": (1, "already exists"),
+    "convert SMALL /tmp/never --dtype int3": (1, "'int3'"),
+    "synthesize chatglm9-6b --out /tmp/never": (1, "no release is called 'chatglm9-6b'"),
+    "train /nowhere.toml": (1, "/nowhere.toml"),
+    "sing": (2, "try `glm --help`"),
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_and_a_status(run: Run, small: str, line: str) -> None:
+    status, says = MISTAKES[line]
+    ran = run(*(small if word == "SMALL" else word for word in line.split()), typed="hello\n")
+    assert (ran.status, ran.out) == (status, "")
+    assert ran.err.startswith("glm: ")
+    assert ran.err.count("\n") == 1
+    assert says in ran.err
+    assert not Path("/tmp/never").exists()
+
+
+def test_a_mistake_in_a_process_has_no_traceback() -> None:
+    ran = process("info", "/nowhere")
+    assert (ran.status, ran.out) == (1, "")
+    assert re.fullmatch("glm: /nowhere: there is no such folder.*\n", ran.err)
+
+
+def test_ctrl_c_is_silent(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glm.info.describe", interrupted)
+    assert run("info", "chatglm-6b") == Ran(130, "", "")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(small: str) -> None:
+    line = f"{sys.executable} -m glm tokenize -s {small} {'x' * 20000} | head -n 1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=PROJECT, check=False)
+    assert (done.stdout, done.stderr) == ("token  id  piece\n", "")
+
+
+# -- chat --------------------------------------------------------------------------------------------------------------
+
+
+def expected(small: str, *messages: str, length: int) -> str:
+    """The greedy answer to the last of messages that take turns, by the library."""
+    model, tokenizer = GLM.from_pretrained(small, dtype=torch.float32), Tokenizer.from_pretrained(small)
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(messages)]
+    [ids] = glm.generate(model, [tokenizer.chat(turns)], max_new_tokens=length, stop=tokenizer.stop)
+    return str(tokenizer.parse(ids)["content"])
+
+
+def test_chat_in_a_pipe_prints_the_answers_and_nothing_else(run: Run, small: str) -> None:
+    ran = run("chat", small, "--max-new-tokens", "9", typed="one\n\n two \n/clear\none\n/exit\nthree\n")
+    first, second, again, _ = ran.out.split("\n")
+    assert first == again == expected(small, "one", length=9)
+    assert second == expected(small, "one", first, "two", length=9)
+    assert second != expected(small, "two", length=9), "this does not show whether earlier rounds are read"
+
+
+def test_chat_as_a_process(small: str) -> None:
+    ran = process("chat", small, "--max-new-tokens", "9", typed="一\n".encode() + b"\xff\n", LC_ALL="C")
+    assert ran.status == 0
+    assert ran.out.split("\n")[0] == expected(small, "一", length=9)
+    assert "\x1b" not in ran.out + ran.err
+
+
+def test_seeds_decide_what_is_sampled(run: Run, small: str) -> None:
+    def said(seed: int) -> str:
+        return run("chat", small, "--temperature", "1", "--seed", str(seed), typed="hello\n").out
+
+    assert said(1) == said(1) != said(2)
+
+
+def test_sampling_options_arrive(run: Run, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+
+    def stream(model: GLM, prompt: list[int], **options: object) -> Iterator[int]:
+        seen.update(options, prompt=prompt)
+        return iter(())
+
+    monkeypatch.setattr(talk, "stream", stream)
+    options = "--temperature 0.7 --top-p 0.8 --top-k 5 --repetition-penalty 1.1 --seed 3 --max-new-tokens 17"
+    assert run("chat", small, *options.split(), typed="hello\n").status == 0
+    tokenizer = Tokenizer.from_pretrained(small)
+    assert seen == {
+        "temperature": 0.7, "top_p": 0.8, "top_k": 5, "repetition_penalty": 1.1, "seed": 3, "max_new_tokens": 17,
+        "stop": tokenizer.stop, "chunk": None, "prompt": tokenizer.chat([{"role": "user", "content": "hello"}]),
+    }  # fmt: skip
+
+
+def test_an_answer_cut_short_is_said_to_be(run: Run, small: str) -> None:
+    assert "--max-new-tokens" in run("chat", small, "--max-new-tokens", "3", typed="hello\n").err
+
+
+def test_a_question_longer_than_the_context_is_refused(run: Run, small: str) -> None:
+    ran = run("chat", small, typed="x" * 200 + "\n")
+    assert (ran.status, ran.out) == (1, "")
+    assert "202 tokens, the model takes 96: shorten it" in ran.err
+
+
+def test_old_rounds_are_forgotten_when_the_context_is_full(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = GLM.from_pretrained(small, dtype=torch.float32), Tokenizer.from_pretrained(small)
+    lengths = []
+    original = talk.stream
+
+    def stream(model: GLM, prompt: list[int], *, max_new_tokens: int, **options: object) -> Iterator[int]:
+        lengths.append(len(prompt) + max_new_tokens)
+        return original(model, prompt, max_new_tokens=max_new_tokens, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(talk, "stream", stream)
+    conversation = Talk(model, tokenizer, max_new_tokens=8)
+    for number in range(8):
+        "".join(conversation.ask(f"question {number}"))
+    assert conversation.forgotten > 0
+    assert conversation.messages[-2]["content"] == "question 7"
+    assert max(lengths) <= 128
+    kept = tokenizer.chat([*conversation.messages, {"role": "user", "content": "?"}])
+    assert len(kept) > 64, "more was forgotten than had to be"
+
+
+def test_as_many_rounds_are_shown_as_asked_for(run: Run, small: str) -> None:
+    def said(*options: str) -> list[str]:
+        return run("chat", small, "--max-new-tokens", "5", *options, typed="one\ntwo\nthree\n").out.splitlines()
+
+    alone = [expected(small, text, length=5) for text in ("one", "two", "three")]
+    assert said("--rounds", "0") == alone
+    assert said("--rounds", "1")[2] == expected(small, "two", said("--rounds", "1")[1], "three", length=5)
+    assert said("--rounds", "9") == said()
+
+
+class Typed:
+    """A keyboard: gives its lines to `input`, then the end of the file."""
+
+    def __init__(self, *lines: str | BaseException) -> None:
+        self.lines = iter(lines)
+        self.prompts: list[str] = []
+
+    def __call__(self, prompt: str) -> str:
+        self.prompts.append(prompt)
+        line = next(self.lines, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+
+@pytest.fixture
+def at_terminal(monkeypatch: pytest.MonkeyPatch, run: Run) -> Callable[..., tuple[Ran, Typed]]:
+    """Runs a command as if in front of a person who types."""
+
+    def at(*arguments: str, lines: tuple[str | BaseException, ...]) -> tuple[Ran, Typed]:
+        keyboard = Typed(*lines)
+        monkeypatch.setattr("builtins.input", keyboard)
+        monkeypatch.setattr(cli, "terminal", lambda: True)
+        return run(*arguments), keyboard
+
+    return at
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(at_terminal, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = talk.stream, []
+
+    def stream(*arguments: object, **options: object) -> Iterator[int]:
+        calls.append(arguments[1])
+        ids = original(*arguments, **options)  # type: ignore[arg-type]
+        yield from (next(ids) for _ in range(4))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(talk, "stream", stream)
+    ran, keyboard = at_terminal(
+        "chat", small, lines=("one", KeyboardInterrupt(), "two", "/nonsense", "x" * 200, "/exit", "three")
+    )
+    assert ran.status == 0
+    assert len(keyboard.prompts) == 6
+    assert len(calls) == 2
+    cut = expected(small, "one", length=4)
+    assert cut[:-1] in ran.out
+    assert calls[1] == Tokenizer.from_pretrained(small).chat(
+        [{"role": "user", "content": "one"}, {"role": "assistant", "content": cut}, {"role": "user", "content": "two"}]
+    ), "what was said of the stopped answer is part of the conversation"
+    assert "small · 33,920 parameters · float32 on " in ran.err
+    assert "/clear and /exit" in ran.err
+    assert "shorten it" in ran.err
+
+
+def test_the_end_of_the_file_ends_the_conversation(at_terminal, small: str) -> None:
+    ran, keyboard = at_terminal("chat", small, lines=("/clear",))
+    assert (ran.status, len(keyboard.prompts)) == (0, 2)
+
+
+def test_chat_in_a_real_terminal(small: str) -> None:
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "glm", "chat", small, "--max-new-tokens", "9"],
+        stdin=theirs, stdout=theirs, stderr=theirs, cwd=PROJECT, start_new_session=True,
+        env=os.environ | {"TERM": "dumb", "PYTHONPATH": str(PROJECT)},
+    )  # fmt: skip
+    os.close(theirs)
+    screen = b""
+
+    def until(text: str) -> None:
+        nonlocal screen
+        while text.encode() not in screen:
+            assert select.select([ours], [], [], 60)[0], f"waited for {text!r} after {screen.decode()!r}"
+            screen += os.read(ours, 4096)
+
+    try:
+        until("›")
+        os.write(ours, b"hello\n")
+        until(expected(small, "hello", length=9)[:3])
+        until("\r\n\r\n›")
+        os.write(ours, b"/exit\n")
+        assert child.wait(60) == 0
+    finally:
+        child.kill()
+        os.close(ours)
+
+
+def test_pieces_of_an_answer_are_the_answer(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the tokens cut in two, the pieces make up what the release's reader makes of the whole."""
+    tokenizer = Tokenizer.from_pretrained(small)
+    conversation = Talk(GLM.from_pretrained(small, dtype=torch.float32), tokenizer, max_new_tokens=99)
+    for text in ("  plain ", "你好,世界:再见", "什么?什么? yes, no", "", "é\n\n  x\n", "\U0001f600"):
+        monkeypatch.setattr(talk, "stream", lambda *_, text=text, **__: iter(tokenizer.encode(text)))
+        conversation.clear()
+        pieces = list(conversation.ask("?"))
+        assert "".join(pieces) == tokenizer.parse(text)["content"]
+        assert not any("�" in piece for piece in pieces)
+
+
+# -- the other commands ------------------------------------------------------------------------------------------------
+
+
+def test_complete_writes_what_generate_writes(run: Run, small: str) -> None:
+    model, tokenizer = GLM.from_pretrained(small, dtype=torch.float32), Tokenizer.from_pretrained(small)
+    [ids] = glm.generate(model, [tokenizer.encode("abc", special=True)], max_new_tokens=6)
+    said = tokenizer.decode(ids)
+    assert run("complete", "abc", "-s", small, "--max-new-tokens", "6").out == said + "\n"
+    assert run("complete", "-", "-s", small, "--max-new-tokens", "6", typed="abc\n").out == said + "\n"
+    assert "shorten it" in run("complete", "x" * 200, "-s", small).err
+
+
+def test_infill_prints_the_text_with_its_blanks_filled(run: Run, small: str) -> None:
+    ran = run("infill", "one [MASK] two [MASK].", "-s", small, "--max-new-tokens", "4")
+    assert re.fullmatch(r"one .+ two .+\.\n", ran.out)
+    assert "[MASK]" not in ran.out
+
+
+def test_info_has_all_its_numbers_in_a_pipe(run: Run) -> None:
+    status, out, _ = run("info", "chatglm3-6b", "--context", "8192", "--weights", "int4")
+    assert status == 0
+    for text in (
+        "zai-org/chatglm3-6b",
+        "heads = 32",
+        "6,243,584,000",
+        "28,672 bytes a token",
+        "224.0 MiB for 8,192 tokens",
+    ):
+        assert text in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("int4"))
+    assert row[1:3] == ["3,923,601,408", "3.7"]
+    assert row[-1] in ("yes", "no", "?")
+
+
+@pytest.mark.parametrize("width", ["40", "80"])
+def test_tables_in_a_pipe_are_whole(width: str) -> None:
+    ran = process("releases", COLUMNS=width)
+    lines = ran.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["release", *glm.releases()]
+    assert next(line.split() for line in lines if line.startswith("glm-z1-rumination")) == [
+        "glm-z1-rumination-32b-0414", "2025", "33,141,749,760", "61.7", "GiB", "249,856", "B", "131,072"
+    ]  # fmt: skip
+    assert not re.search("…|\x1b| $", ran.out, re.MULTILINE)
+    assert max(map(len, lines)) <= 80, "and fit into a terminal"
+
+
+def test_tokenize_shows_pieces_and_ids(run: Run, small: str) -> None:
+    tokenizer = Tokenizer.from_pretrained(small)
+
+    def rows(*options: str) -> list[list[str]]:
+        return [line.split() for line in run("tokenize", "a [b]\n", "-s", small, *options).out.splitlines()[1:]]
+
+    ids = tokenizer.encode("a [b]\n")
+    assert [row[1] for row in rows()] == [str(id) for id in ids]
+    assert [row[2] for row in rows()] == ["a", "␣", "[", "b", "]", r"\n"]
+    assert [int(row[1]) for row in rows("--special")] == tokenizer.encode("a [b]\n", special=True)
+    assert [int(row[1]) for row in rows("--chat")] == tokenizer.chat([{"role": "user", "content": "a [b]\n"}])
+
+
+def test_verify_says_what_agrees(run: Run, tmp_path: Path) -> None:
+    golden = GOLDENS / "chatglm3-base"
+    ran = run("verify", str(golden))
+    assert (ran.status, ran.err) == (0, "")
+    assert "1 of 1 agree with their reference" in ran.out
+    assert "hidden" in ran.out
+    assert run("verify", str(golden), "--tolerance", "1e-20").status == 1
+    both = run("verify", str(tmp_path), str(golden))
+    assert both.status == 1
+    assert "1 of 2 agree" in both.out
+    assert both.err.count("\n") == 1
+
+
+def test_convert_writes_a_checkpoint(run: Run, small: str, tmp_path: Path) -> None:
+    assert run("convert", small, str(tmp_path / "new"), "--dtype", "float32").status == 0
+    assert run("chat", str(tmp_path / "new"), typed="hello\n") == run("chat", small, typed="hello\n")
+
+
+def test_synthesize_writes_a_checkpoint(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "random"
+    calls = []
+    monkeypatch.setattr("glm.synthesize.synthesize", lambda *args, **options: calls.append((args, options)))
+    assert run("synthesize", "chatglm3-6b", "--out", str(folder), "--seed", "5", "--layers", "2").status == 0
+    [(arguments, options)] = calls
+    assert arguments == ("chatglm3-6b", folder)
+    assert (options["seed"], options["layers"]) == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("free", "dtype"), [(1 << 40, "float32"), (500_000, "float32"), (250_000, "bfloat16"), (None, "float32")]
+)
+def test_float16_is_for_gpus(small: str, monkeypatch: pytest.MonkeyPatch, free: int | None, dtype: str) -> None:
+    found = None if free is None else glm.memory.Found(free, "available")
+    monkeypatch.setattr("glm.memory.memory_found", lambda device: found)
+    total = (Path(small) / "model.safetensors").stat().st_size
+    assert 250_000 < 4 * total <= 500_000
+    assert cli.usual_dtype(Path(small), total, torch.device("cpu")) == getattr(torch, dtype)
+    assert cli.usual_dtype(Path(small), total, torch.device("cuda")) is None
+
+
+# -- tiny-glm ----------------------------------------------------------------------------------------------------------
+
+needs_tiny = pytest.mark.skipif(not (TINY / "config.json").exists(), reason="weights/tiny-glm is not trained yet")
+
+
+@needs_tiny
+def test_tiny_glm_answers_through_the_pipe() -> None:
+    text = (TINY / "glossary.md").read_text()
+    pairs = re.findall(r"^(?:Q: |问：)(.+)\n(?:A: |答：)(.+)$", text, re.MULTILINE)[::40]
+    ran = process("chat", typed="".join(f"{question}\n" for question, _ in pairs))
+    assert ran.out.splitlines() == [answer for _, answer in pairs]
+
+
+@needs_tiny
+def test_embedded_is_the_default(run: Run) -> None:
+    assert glm.embedded() == TINY
+    assert "generation chatglm" in run("info").out
+    assert json.loads((TINY / "config.json").read_text())["model_type"] == "chatglm"
