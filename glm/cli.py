@@ -13,11 +13,13 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
+from itertools import chain
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -210,7 +212,7 @@ def console() -> Console:
 
 def columns(*names: str) -> Table:
     """An empty table; names that end in > are those of columns of numbers."""
-    table = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False, show_edge=False)
+    table = Table(box=None, pad_edge=False)
     for name in names:
         table.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", no_wrap=True)
     return table
@@ -239,10 +241,30 @@ def busy(text: str) -> Iterator[None]:
 
 
 def write(pieces: Iterable[str]) -> None:
-    """Print text as it comes, and a newline after it."""
-    for piece in pieces:
+    """Print text as it comes, and a newline after it; on a terminal without lines that break inside a word."""
+    for piece in wrapped(pieces, get_terminal_size().columns - 1) if sys.stdout.isatty() else pieces:
         print(piece, end="", flush=True)
     print(flush=True)
+
+
+def wrapped(pieces: Iterable[str], width: int) -> Iterator[str]:
+    """The text of `pieces` word by word, with a newline before each word that would reach past `width` columns.
+
+    A wide character, such as a Chinese one, is a word of its own.
+    """
+    column, word = 0, ""
+    for sign in chain.from_iterable(chain(pieces, "\0")):
+        if word and (sign in " \n\0" or cell_len(sign) > 1 or cell_len(word[0]) > 1):
+            if column and column + cell_len(word) > width:
+                yield "\n"
+                column = 0
+            yield word
+            column, word = column + cell_len(word), ""
+        if sign in " \n":
+            yield sign
+            column = 0 if sign == "\n" else column + 1
+        else:
+            word += sign
 
 
 # -- talking ---------------------------------------------------------------------------------------------------------
@@ -356,15 +378,14 @@ def complete(
     """
     text = given(text)
     model, tokenizer = opened(source, dtype, device)
-    from glm.generation import stream
-    from glm.talk import spelt
+    from glm.talk import spelt, written
 
     prompt = tokenizer.encode(text, special=True)
     room = min(max_new_tokens, model.spec.context - len(prompt))
     if room < 1:
         raise GLMError(f"the text has {len(prompt):,} tokens and the model takes {model.spec.context:,}: shorten it")
-    ids = stream(
-        model, prompt, max_new_tokens=room, stop=tokenizer.stop,
+    ids = written(
+        model, tokenizer, prompt, max_new_tokens=room,
         temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
     write(spelt(tokenizer, ids))
@@ -386,7 +407,7 @@ def infill(
     model, tokenizer = opened(source, dtype, device)
     from glm.infilling import fill
 
-    print(fill(model, tokenizer, text, max_new_tokens=max_new_tokens).text)
+    write([fill(model, tokenizer, text, max_new_tokens=max_new_tokens).text])
 
 
 # -- looking ---------------------------------------------------------------------------------------------------------

@@ -10,26 +10,23 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glm import family
-from glm.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, Stored, inside, match, save
+from glm.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, inside, save
 from glm.errors import CheckpointError, GLMError
+from glm.export import renamed
 from glm.hub import TEXTS, fetch
-from glm.model import GLM
 from glm.progress import progress_bar
-from glm.spec import leaves
-from glm.tensor_file import Outgoing, finite, read_tensor
+from glm.tensor_file import Outgoing, finite
 
 DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMATS = {"chatglm": "chatglm2", "hf": "glm4"}
 FIXED = ("*.inv_freq", "*.weight_scale", "*.e_score_correction_bias")  # a release depends on their very rounding
-ROUNDING = "weight_first"  # the one field a rename may change: seen in half precision only
 
 
 def convert(
@@ -126,51 +123,6 @@ def as_they_are(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], list[Outgoin
         for name, info in checkpoint.tensors.items()
     ]
     return checkpoint.config, tensors
-
-
-def renamed(checkpoint: Checkpoint, name: str, format: str) -> tuple[Mapping[str, Any], list[Outgoing]]:
-    """The config and tensors of the same model in the format of another generation, parameter by parameter.
-
-    `name` is the checkpoint's, for what its config leaves out. Raises GLMError when the other format cannot say
-    something that this model needs.
-    """
-    source = family.recognise(checkpoint.config)
-    target = next(generation for generation in family.GENERATIONS if generation.name == format)
-    spec = source.spec(checkpoint.config, name)
-    config = target.config(spec)
-    wanted, got = dict(leaves(spec)), dict(leaves(target.spec(config, "")))
-    lost = [field for field in wanted | got if wanted.get(field) != got.get(field) and not field.endswith(ROUNDING)]
-    if lost:
-        raise GLMError(f"{checkpoint.folder}: the names of {target.name} cannot hold this model: {lost[0]} is lost")
-    model = GLM(spec, device="meta")
-    parameters = model.state_dict()
-    old = source.table(spec, checkpoint.config, parameters)
-    match(model, checkpoint, old, (*source.ignorable, *source.spare_head(spec)))
-    parts: dict[str, list[Stored]] = {}
-    for stored in old:
-        parts.setdefault(stored.parameter, []).append(stored)
-
-    def dtype_of(parameter: str) -> torch.dtype:
-        return checkpoint.tensors[parts[parameter][0].name].dtype
-
-    @lru_cache(maxsize=1)  # q, k and v are made of one matrix, one after the other
-    def whole(parameter: str) -> Tensor:
-        tensor = torch.empty(parameters[parameter].shape, dtype=dtype_of(parameter), device="cpu")
-        for stored in parts[parameter]:
-            read_tensor(stored.name, checkpoint.tensors[stored.name], stored.on_disk(tensor))
-        return tensor
-
-    def outgoing(stored: Stored) -> Outgoing:
-        shape = stored.part(parameters[stored.parameter]).shape
-        return Outgoing(
-            stored.name,
-            dtype_of(stored.parameter),
-            tuple(shape),
-            lambda: stored.on_disk(whole(stored.parameter)).reshape(shape),
-        )
-
-    tensors = [outgoing(stored) for stored in target.table(spec, config, parameters)]
-    return in_dtype(config, tensors[0].dtype), tensors
 
 
 def cast(tensor: Outgoing, dtype: torch.dtype | None) -> Outgoing:

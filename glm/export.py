@@ -19,7 +19,7 @@ from glm.errors import ConfigError
 from glm.family.generation import Generation
 from glm.model import GLM
 from glm.norms import RMSNorm
-from glm.spec import Spec
+from glm.spec import Spec, leaves
 from glm.tensor_file import Outgoing, Progress, read_tensor
 
 Parameters = Callable[[str], Tensor]  # the name of a parameter -> its numbers
@@ -44,22 +44,27 @@ def save_pretrained(
     """
     target = chosen(model.spec, generation)
     state = model.state_dict()
-    config, tensors = exported(target, model.spec, state, state.__getitem__, dtype or model.dtype)
+    config, tensors = exported(target, model.spec, state, state.__getitem__, lambda _: dtype or model.dtype)
     save(folder, config, tensors, shard_bytes=shard_bytes, copies=copies, progress=progress)
 
 
 def exported(
-    generation: Generation, spec: Spec, shapes: Mapping[str, Tensor], numbers: Parameters, dtype: torch.dtype
+    generation: Generation,
+    spec: Spec,
+    shapes: Mapping[str, Tensor],
+    numbers: Parameters,
+    dtype: Callable[[str], torch.dtype],
 ) -> tuple[dict[str, Any], list[Outgoing]]:
     """The config.json and the tensors of a model in the format of `generation`.
 
-    `shapes` are the model's tensors by name, possibly on the meta device; `numbers` gives one when its turn comes.
+    `shapes` are the model's tensors by name, possibly on the meta device; `numbers` gives one when its turn comes, and
+    `dtype` says what its floating-point numbers are stored as.
     """
-    config = generation.config(spec) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    config = generation.config(spec) | {"torch_dtype": str(dtype(next(iter(shapes)))).removeprefix("torch.")}
 
     def outgoing(stored: Stored) -> Outgoing:
         shape = shapes[stored.parameter]
-        final = dtype if shape.is_floating_point() else shape.dtype
+        final = dtype(stored.parameter) if shape.is_floating_point() else shape.dtype
         if stored.at_least is not None:
             final = torch.promote_types(final, stored.at_least)
         size = tuple(stored.part(shape).shape)
@@ -81,8 +86,9 @@ def chosen(spec: Spec, name: str | None) -> Generation:
     if name not in known:
         raise ConfigError(f"the format {name!r} is none of {', '.join(known)}")
     again = read_back(known[name], spec)
-    if again is None or mathematics(again) != mathematics(spec):
-        raise ConfigError(f"the format {name} cannot hold this model: it differs in more than names")
+    wanted, got = dict(leaves(mathematics(spec))), dict(leaves(mathematics(again))) if again else {}
+    if lost := [field for field in wanted | got if wanted.get(field) != got.get(field)]:
+        raise ConfigError(f"the format {name} cannot hold this model: {lost[0]} is lost")
     return known[name]
 
 
@@ -115,13 +121,17 @@ def renamed(checkpoint: Checkpoint, name: str, generation: str) -> tuple[dict[st
     shapes = model.state_dict()
     table = source.table(spec, checkpoint.config, shapes)
     match(model, checkpoint, table, (*source.ignorable, *source.spare_head(spec)))
-    dtype = checkpoint.tensors[table[0].name].dtype
+    parts: dict[str, list[Stored]] = {}
+    for stored in table:
+        parts.setdefault(stored.parameter, []).append(stored)
 
-    @lru_cache(maxsize=1)  # q, k and v are parts of one parameter
+    def dtype(parameter: str) -> torch.dtype:
+        return checkpoint.tensors[parts[parameter][0].name].dtype
+
+    @lru_cache(maxsize=1)  # q, k and v are parts of one parameter, asked for one after the other
     def numbers(parameter: str) -> Tensor:
-        parts = [stored for stored in table if stored.parameter == parameter]
-        whole = torch.empty(shapes[parameter].shape, dtype=checkpoint.tensors[parts[0].name].dtype)
-        for stored in parts:
+        whole = torch.empty(shapes[parameter].shape, dtype=dtype(parameter), device="cpu")
+        for stored in parts[parameter]:
             read_tensor(stored.name, checkpoint.tensors[stored.name], stored.on_disk(whole))
         return whole
 

@@ -13,7 +13,6 @@ file and field.
 
 import json
 import math
-import os
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -44,8 +43,6 @@ def read_object(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
         if not path.is_file():  # a missing file, a folder, a pipe that would never end
             raise CheckpointError(f"{path}: there is no such file")
         with path.open("rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) > limit:
-                raise CheckpointError(f"{path}: {size} bytes of JSON, more than the {limit} ever needed")
             data = file.read(limit + 1)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
@@ -71,7 +68,7 @@ def parse_object(data: bytes, source: str, limit: int = JSON_BYTES) -> dict[str,
         return x if math.isfinite(x := float(digits)) else refuse(f"the number {shown(digits)} overflows")
 
     if len(data) > limit:
-        refuse(f"{len(data)} bytes of JSON, more than the {limit} ever needed")
+        refuse(f"more than {limit} bytes of JSON, which is more than ever needed")
     if (values := sum(map(data.count, (b",", b"[", b"{")))) > JSON_VALUES:
         refuse(f"{values} values of JSON, more than the {JSON_VALUES} ever needed")
     try:

@@ -195,7 +195,8 @@ def working_bytes(spec: Spec, dtype: torch.dtype, tokens: int) -> int:
 
     Per token the stream in four states (x, its norm, what is added, the sum) and either attention (q, k, v, turned,
     and laid out for the product) or the feed-forward (its branches, active ones, their product); a mask, where a
-    token sees more than its past; the logits of one token in float32, sorted to sample from; one matrix in full.
+    token sees more than its past; the logits of one token in float32, sorted to sample from; and one matrix: on its
+    way from the file, or integers being written out (as they are, unpacked, converted and scaled).
     """
     causal = isinstance(spec.reading, Causal)
     T = min(tokens, PIECE) if causal else tokens
@@ -209,5 +210,9 @@ def working_bytes(spec: Spec, dtype: torch.dtype, tokens: int) -> int:
     streams = T * (4 * spec.width + widest) * dtype.itemsize
     mask = 0 if causal else T * tokens * (2 + dtype.itemsize)
     logits = 8 * spec.vocabulary * torch.float32.itemsize
-    matrix = max(x.numel() for x in tensors(replace(spec, weights=Dense()), dtype)) * dtype.itemsize
+    per_byte = 8 // spec.weights.bits if isinstance(spec.weights, RowScaled) else 1
+    matrix = max(
+        x.numel() * (per_byte * (2 + 2 * dtype.itemsize) if x.dtype == torch.int8 else dtype.itemsize)
+        for x in tensors(spec, dtype)
+    )
     return streams + mask + logits + matrix

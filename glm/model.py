@@ -50,7 +50,9 @@ class GLM(nn.Module):
         super().__init__()
         self.spec = spec
         with torch.device("meta"):
-            self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocabulary, spec.width), freeze=False)
+            self.embedding: nn.Embedding = nn.Embedding.from_pretrained(
+                torch.empty(spec.vocabulary, spec.width), freeze=False
+            )
             self.prefix = None
             if spec.prefix is not None:
                 mixer = spec.blocks[0].mixer

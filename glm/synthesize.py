@@ -42,7 +42,7 @@ def synthesize(
         spec = replace(spec, blocks=spec.blocks[:layers])
     shapes = GLM(spec, device="meta").state_dict()
     config, tensors = exported(
-        generation, spec, shapes, lambda name: drawn(name, shapes[name], seed), dtype or chosen.dtype
+        generation, spec, shapes, lambda name: drawn(name, shapes[name], seed), lambda _: dtype or chosen.dtype
     )
     total = sum(tensor.nbytes for tensor in tensors)
     save(folder, config, tensors, shard_bytes=-(-total // chosen.shards), progress=progress)

@@ -6,11 +6,10 @@ from typing import Any
 from glm.chat import Message
 from glm.errors import PromptError
 from glm.generation import stream
+from glm.info import PIECE
 from glm.layout import Causal
 from glm.model import GLM
 from glm.tokenizer import Tokenizer
-
-PIECE = 2048  # tokens of a prompt read at once where the model allows it: bounds memory, costs no time
 
 
 class Talk:
@@ -73,10 +72,7 @@ class Talk:
     def written(self, prompt: list[int], ids: list[int]) -> Iterator[int]:
         """The ids that follow `prompt`, one by one; they are put into `ids` as well."""
         room = min(self.max_new_tokens, self.model.spec.context - len(prompt))
-        chunk = PIECE if isinstance(self.model.spec.reading, Causal) else None
-        for id in stream(
-            self.model, prompt, max_new_tokens=room, stop=self.tokenizer.stop, chunk=chunk, **self.sampling
-        ):
+        for id in written(self.model, self.tokenizer, prompt, max_new_tokens=room, **self.sampling):
             ids.append(id)
             yield id
         self.cut = len(ids) == room
@@ -98,6 +94,12 @@ class Talk:
                 yield said[len(told) : -1]
                 told = said[:-1]
         yield said[len(told) :]
+
+
+def written(model: GLM, tokenizer: Tokenizer, prompt: list[int], **options: Any) -> Iterator[int]:
+    """`glm.stream` up to the tokenizer's stops; a long prompt is read in pieces where the model can, to save memory."""
+    chunk = PIECE if isinstance(model.spec.reading, Causal) else None
+    return stream(model, prompt, stop=tokenizer.stop, chunk=chunk, **options)
 
 
 def spelt(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

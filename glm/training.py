@@ -321,17 +321,23 @@ def described(recipe: Recipe, bpe: tokenizers.Tokenizer) -> Spec:
     )
 
 
+LOUD = 4  # √56, the weight of the carried stream, would make a sublayer as loud as the stream from the start
+
+
 def initialised(spec: Spec, seed: int) -> GLM:
     """A float32 model. The matrices of its blocks are N(0, 1 / inputs), which keeps the size of what they are given.
 
-    (The usual deviation of 0.02 is 1 / √2500: in a narrow model the blocks would begin as almost nothing.)
+    (The usual deviation of 0.02 is 1 / √2500: in a narrow model the blocks would begin as almost nothing.) Those
+    that write to the stream are `LOUD` times as large: the stream carries √56 times its norm, beside which a
+    sublayer would hardly be heard. Measured on tiny-glm: docs/design.md.
     """
     model = GLM(spec, device="cpu", dtype=torch.float32, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for x in model.blocks.parameters():
+        for name, x in model.blocks.named_parameters():
             if x.dim() > 1:
-                x.normal_(0, x.shape[1] ** -0.5, generator=generator)
+                gain = LOUD if name.endswith(("mixer.out.weight", "feed_forward.down.weight")) else 1
+                x.normal_(0, gain * x.shape[1] ** -0.5, generator=generator)
     return model
 
 

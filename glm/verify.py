@@ -325,6 +325,8 @@ def greedy(model: GLM, s: Scenario, ids: Tensor) -> Pair:
     B, T = ids.shape
     generated = s.golden.expect(f"{s.name}.generated", B, None, whole=True)[:, T:]
     count = generated.shape[1]
+    if not count:
+        raise CheckpointError(f"{s.golden.folder}: {s.name}.generated is no longer than its prompt")
     if s.natural:
         prompts = [row[real].tolist() for row, real in zip(s.ids, s.real, strict=True)]
         ours = generate(model, prompts, max_new_tokens=count)
@@ -422,6 +424,8 @@ def distance(pair: Pair) -> tuple[float, float]:
 
     Of integers, how many differ, and which fraction that is.
     """
+    if pair.ours.shape != pair.expected.shape:
+        return math.inf, math.inf
     error = (pair.ours.double() - pair.expected.double()).abs().nan_to_num(nan=math.inf)
     if not pair.expected.is_floating_point():
         wrong = int((error > 0).sum())

@@ -169,7 +169,7 @@ for fault, text in NOT_JSON.items():
 # --- the file's bytes ----------------------------------------------------------------------------------------------
 
 for left in (0, 1, 4, 7, 8, 9, 100, 2000, 2159, 2160, 2161, 5000, 100_000, 366_000, 366_846, 366_847):
-    case(f"truncated to {left} bytes", with_raw(lambda raw, left=left: raw[:left]), WEIGHTS)
+    case(f"truncated to {left} bytes", with_raw(lambda raw, left=left: raw[:left]), "model.safetensors: truncated")
 for more in (1, 2, 4, 8, 4096, 1 << 20):
     case(f"{more} bytes too long", with_raw(lambda raw, more=more: raw + bytes(more)), WEIGHTS)
 for length in (
@@ -204,7 +204,7 @@ case("100 MB of nothing", lambda folder: os.truncate(folder / WEIGHTS, 100_000_0
 case(
     "a header of 100 MB",
     lambda folder: assemble(folder / WEIGHTS, b"{" + b" " * 100_000_000 + b"}", b""),
-    WEIGHTS,
+    "a header of 100000002 bytes",
 )
 case(
     "a space before the header",
@@ -519,6 +519,14 @@ def folder_for_a_shard(folder: Path, index: dict[str, Json]) -> None:
     shard.mkdir()
 
 
+def pipe_for_a_shard(folder: Path, index: dict[str, Json]) -> None:
+    """A pipe that nobody writes to: whoever opens it waits for ever."""
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.unlink()
+    os.mkfifo(shard)
+
+
+case("a shard that is a pipe", sharded(pipe_for_a_shard), "not a regular file")
 case("a tensor in the other shard", sharded(other), SOMEWHERE)
 case("a tensor in both shards", sharded(twice), WEIGHTS[:5])
 case("the first shard missing", sharded(remove(0)), "model-00001-of-00002")
@@ -595,5 +603,5 @@ for name in ("config.json", WEIGHTS):
 case("an empty folder", lambda folder: [path.unlink() for path in folder.iterdir()])
 case("only .bin files", lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), "glm convert")
 case("a folder that is a link to itself", lambda folder: [shutil.rmtree(folder), folder.symlink_to(folder)])
-case("no folder", shutil.rmtree)
+case("no folder", shutil.rmtree, "no such folder")
 case("a file in its place", lambda folder: [shutil.rmtree(folder), folder.touch()])

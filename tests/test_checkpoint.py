@@ -320,8 +320,9 @@ def test_ignorable_names_are_patterns_for_the_whole_name(tmp_path: Path) -> None
         [*TABLE[:3], Stored("low", "split.weight", (slice(0, 3),)), *TABLE[4:]],
         [*TABLE[:3], Stored("low", "split.weight", (slice(0, 1),)), *TABLE[4:]],
         [*TABLE[:4], Stored("high", "split.weight", (slice(1, 5),)), *TABLE[5:]],
+        [*TABLE[:4], Stored("low", "split.weight", (slice(2, 6),)), *TABLE[5:]],
     ],
-    ids=["a gap", "a scalar twice", "a name twice", "rows twice", "rows left out", "rows shifted"],
+    ids=["a gap", "a scalar twice", "a line twice", "rows twice", "rows left out", "rows shifted", "a name twice"],
 )
 def test_a_table_that_does_not_cover_the_model_once_is_our_mistake(tmp_path: Path, table: list[Stored]) -> None:
     checkpoint = Checkpoint.open(folder_of(tmp_path, numbers() | {"more": torch.tensor(1.0)}))
@@ -374,6 +375,11 @@ def test_other_files_of_the_folder_do_not_matter(tmp_path: Path) -> None:
     (folder / "reference.safetensors").write_bytes(b"no")
     (folder / "pytorch_model.bin").write_bytes(b"no")
     assert Checkpoint.open(folder).tensors.keys() == numbers().keys()
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        Checkpoint.open(tmp_path / "none")
 
 
 def test_a_folder_of_bin_files_says_how_to_convert_them(tmp_path: Path) -> None:

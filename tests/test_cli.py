@@ -372,6 +372,33 @@ def test_pieces_of_an_answer_are_the_answer(small: str, monkeypatch: pytest.Monk
         assert not any("�" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("one two three", ["one two ", "three"]),
+        ("one  two\n\nthree four", ["one  two", "", "three ", "four"]),
+        ("12345678 9", ["12345678 ", "9"]),
+        ("1234567890 2", ["1234567890 ", "2"]),
+        ("词元一个一个地写", ["词元一个", "一个地写"]),
+        ("a 词元b一个地", ["a 词元b", "一个地"]),
+        ("", [""]),
+    ],
+)
+def test_lines_break_between_words(text: str, lines: list[str]) -> None:
+    for size in (1, 3, 99):
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        assert "".join(cli.wrapped(pieces, 8)).split("\n") == lines
+
+
+def test_words_are_shown_as_soon_as_they_end() -> None:
+    def pieces() -> Iterator[str]:
+        yield "one t"
+        pytest.fail("more was asked for than was needed")
+
+    words = cli.wrapped(pieces(), 80)
+    assert [next(words), next(words)] == ["one", " "]
+
+
 # -- the other commands ------------------------------------------------------------------------------------------------
 
 

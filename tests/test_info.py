@@ -1,12 +1,14 @@
 """What a model asks of memory, held to published sizes, to files and to the caches that are really made."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from golden_folders import HERE
+from golden_folders import HERE, PROJECT
 from safetensors import safe_open
 
 from glm import info, memory
@@ -17,6 +19,7 @@ from glm.linear import RowScaled
 from glm.memory import Found, size
 from glm.model import GLM
 from glm.pretrained import described
+from glm.synthesize import synthesize
 
 GIB = 1 << 30
 
@@ -91,6 +94,35 @@ def test_longer_and_wider_takes_more() -> None:
     assert small.weights == long.weights == wide.weights // 2
     assert small.cache < long.cache < wide.cache
     assert small.working < long.working < wide.working
+
+
+MEASURED = """
+import resource, sys
+import torch
+import glm
+from glm import info
+folder, length = sys.argv[1], int(sys.argv[2])
+rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = rss()
+model = glm.GLM.from_pretrained(folder, dtype=torch.bfloat16, device="cpu")
+mask = getattr(model.spec.reading, "masks", (1,))[0], getattr(model.spec.reading, "sop", 2)
+glm.generate(model, [[*[5] * (length - 2), *mask]], max_new_tokens=2, stop=())
+print(rss() - before, info.need(model.spec, torch.bfloat16, length + 2).bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured as Linux does")
+@pytest.mark.parametrize(
+    ("name", "length"), [("glm-edge-1.5b-chat", 2046), ("chatglm2-6b-int4", 512), ("chatglm-6b", 1024)]
+)
+def test_what_is_needed_is_enough_and_not_far_more(tmp_path: Path, name: str, length: int) -> None:
+    synthesize(name, tmp_path / name, layers=2)
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / name), str(length)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT)
+    taken, needed = map(int, done.stdout.split())
+    assert taken <= needed + (100 << 20), "code and threads take memory, too"
+    assert needed <= 2 * taken
 
 
 # -- fitting -----------------------------------------------------------------------------------------------------------

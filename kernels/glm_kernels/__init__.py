@@ -1,0 +1,9 @@
+"""Triton kernels for the GLM family. They know tensors, never a model.
+
+Every function computes the same everywhere: on a GPU with a Triton kernel, elsewhere, or without Triton, with plain
+torch. With TRITON_INTERPRET=1 in the environment the kernels themselves run on CPU tensors.
+"""
+
+from glm_kernels.norms import layer_norm, rms_norm
+
+__all__ = ["layer_norm", "rms_norm"]
