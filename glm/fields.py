@@ -16,7 +16,6 @@ import math
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -154,15 +153,9 @@ class Fields:
             self.refuse(name, "an object", value)
         return None if value is None else Fields(value, f"{self.source}: {name}")
 
-    def unread(self, incidental: Iterable[str] = ()) -> list[str]:
-        """Fields that are set, were never asked for, and match no pattern in `incidental`."""
-        return [
-            name
-            for name, value in self.values.items()
-            if value is not None
-            and name not in self.read
-            and not any(fnmatchcase(name, pattern) for pattern in incidental)
-        ]
+    def unread(self) -> list[str]:
+        """Fields that are set and were never asked for."""
+        return [name for name, value in self.values.items() if value is not None and name not in self.read]
 
     def refuse(self, name: str, wanted: str, value: object) -> NoReturn:
         """Raise the ConfigError for a field that is not as `wanted`."""

@@ -97,17 +97,17 @@ def test_longer_and_wider_takes_more() -> None:
 
 
 MEASURED = """
-import resource, sys
+import re, sys
 import torch
 import glm
 from glm import info
 folder, length = sys.argv[1], int(sys.argv[2])
-rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = rss()
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
 model = glm.GLM.from_pretrained(folder, dtype=torch.bfloat16, device="cpu")
 mask = getattr(model.spec.reading, "masks", (1,))[0], getattr(model.spec.reading, "sop", 2)
 glm.generate(model, [[*[5] * (length - 2), *mask]], max_new_tokens=2, stop=())
-print(rss() - before, info.need(model.spec, torch.bfloat16, length + 2).bytes)
+print(peak() - before, info.need(model.spec, torch.bfloat16, length + 2).bytes)
 """
 
 

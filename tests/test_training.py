@@ -20,7 +20,7 @@ from glm.infilling import fill
 from glm.model import GLM
 from glm.recipe import Recipe
 from glm.tokenizer import Tokenizer
-from glm.training import SPECIAL, Run, initialised, learnt_vocabulary, processor, rate, train
+from glm.training import LOUD, SPECIAL, Run, initialised, learnt_vocabulary, processor, rate, train
 
 GLOSSARY = """
 Q: What is GLM?
@@ -242,11 +242,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
         run.advance()
 
 
-def test_blocks_keep_the_size_of_what_they_are_given(tmp_path: Path) -> None:
+def test_blocks_keep_the_size_of_what_they_are_given_and_speak_up(tmp_path: Path) -> None:
     run = Run(Recipe.read(recipe(tmp_path)), tmp_path)
-    x = torch.randn(1000, 64, generator=torch.Generator().manual_seed(0))
-    for matrix in (run.model.blocks[0].mixer.qkv, run.model.blocks[1].feed_forward.up):  # type: ignore[union-attr]
-        assert matrix(x).std().item() == pytest.approx(1, abs=0.1)
+    for block in run.model.blocks:
+        for matrix, gain in (
+            (block.mixer.qkv, 1),  # type: ignore[union-attr]
+            (block.feed_forward.up, 1),  # type: ignore[union-attr]
+            (block.mixer.out, LOUD),  # type: ignore[union-attr]
+            (block.feed_forward.down, LOUD),  # type: ignore[union-attr]
+        ):
+            x = torch.randn(1000, matrix.in_features, generator=torch.Generator().manual_seed(0))
+            assert matrix(x).std().item() == pytest.approx(gain, rel=0.1)
     again = initialised(run.spec, 5)
     assert all(torch.equal(x, again.get_parameter(name)) for name, x in run.parameters.items())
 

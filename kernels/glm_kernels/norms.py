@@ -11,7 +11,7 @@ four flops a byte, where a GPU could do a hundred: memory is the bound, and the 
 
 Layout: x and residual are [..., D] of the same shape and dtype, the elements of a row side by side, rows at any one
 stride (part of a wider tensor); what is laid out otherwise is copied first. w and b are [D], contiguous, in the dtype
-of x. What comes back is contiguous. The kernel takes float16, bfloat16 and float32, D up to 32768; the reference takes
+of x. What comes back is contiguous. The kernel takes float16, bfloat16 and float32, D up to 16384; the reference takes
 the rest. The backward pass is plain torch.
 """
 
@@ -29,7 +29,7 @@ except ImportError:  # the reference runs
     triton, tl = None, SimpleNamespace(constexpr=Any)
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU
-WIDEST = 32768  # a row is held in the registers of one program
+WIDEST = 16384  # a row is held in the registers of one program
 
 # ----------------------------------------------------------------------------- reference
 
