@@ -1,6 +1,6 @@
 """Runs `glm.verify` in float64 over every golden in the repository and writes kernels/results/parity.json.
 
-    python docs/parity.py
+python docs/parity.py
 """
 
 import sys

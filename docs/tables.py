@@ -8,7 +8,9 @@ No figure stands in a document that does not come from a committed result file o
 
 import argparse
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +38,18 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table, the first column left-aligned."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
+
+
+def demo() -> str:
+    """What `make demo` prints: its commands, run here and now."""
+    commands = re.findall(r"\$\(call run,(.*)\)$", (ROOT / "Makefile").read_text(), flags=re.M)
+    place = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    said = [
+        f"$ {command}\n"
+        + subprocess.run(command, shell=True, cwd=ROOT, env=place, check=True, stdout=subprocess.PIPE, text=True).stdout
+        for command in commands
+    ]
+    return "```\n" + "\n".join(said) + "```"
 
 
 def cpu_speed() -> str:
@@ -105,6 +119,7 @@ def parity() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "demo": demo,
     "cpu-speed": cpu_speed,
     "load-memory": load_memory,
     "releases": releases,

@@ -65,6 +65,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     if T == 1:  # the heads of a group are queries at the same place: nothing needs repeating
         y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, K), k, v, attn_mask=mask.allowed)
         return y.reshape(B, H, T, K)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask.allowed, is_causal=mask.causal, enable_gqa=H != G
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, is_causal=mask.causal, enable_gqa=H != G)

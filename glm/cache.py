@@ -28,8 +28,7 @@ class Passing:
         if self.prefix is None:
             return new
         return tuple(
-            torch.cat((old.expand(x.shape[0], -1, -1, -1), x), dim=2)
-            for old, x in zip(self.prefix, new, strict=True)
+            torch.cat((old.expand(x.shape[0], -1, -1, -1), x), dim=2) for old, x in zip(self.prefix, new, strict=True)
         )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -218,11 +218,11 @@ def columns(*names: str) -> Table:
     return table
 
 
-def show(table: Table) -> None:
-    """Print a table; into a pipe without white space at the ends of lines."""
+def show(what: RenderableType) -> None:
+    """Print a table or a report; into a pipe without white space at the ends of lines."""
     screen = console()
     with screen.capture() as printed:
-        screen.print(table)
+        screen.print(what)
     text = printed.get()
     print(text if sys.stdout.isatty() else re.sub(" +$", "", text, flags=re.MULTILINE), end="")
 
@@ -511,17 +511,17 @@ def verify(
 
     from glm.verify import verify as held
 
-    place, screen, over = placed(device), console(), 0
+    place, over = placed(device), 0
     for folder in folders:
         try:
             with busy(f"verifying {called(folder)} …"):
                 report = held(folder, dtype=getattr(torch, dtype), device=place, tolerance=tolerance)
-            screen.print(report)
+            show(report)
             over += not report.ok
         except GLMError as error:
             complain(str(error))
             over += 1
-    screen.print(f"{len(folders) - over} of {len(folders)} agree with their reference")
+    print(f"{len(folders) - over} of {len(folders)} agree with their reference")
     if over:
         raise typer.Exit(1)
 

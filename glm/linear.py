@@ -77,6 +77,11 @@ class RowScaledLinear(nn.Module):
         return F.linear(x, self.dense(x.dtype), self.bias)
 
 
+def empty_embedding(rows: int, width: int) -> nn.Embedding:
+    """A table whose numbers come later. nn.Embedding would draw them, for which torch imports a second's worth."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
 def unpack_int4(packed: Tensor) -> Tensor:
     """int8 bytes [..., n] -> int8 values -8..7 [..., 2n]: high nibble first. Inverse of `pack_int4`."""
     high, low = packed >> 4, (packed << 4) >> 4  # shifts of int8 keep the sign

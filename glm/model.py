@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from glm.cache import Cache, Memory, Passing
 from glm.errors import LayoutError
 from glm.layout import Layout, Mask
-from glm.linear import Dense, Weights
+from glm.linear import Dense, Weights, empty_embedding
 from glm.positions import Rotation
 from glm.spec import Block, Spec
 
@@ -50,9 +50,7 @@ class GLM(nn.Module):
         super().__init__()
         self.spec = spec
         with torch.device("meta"):
-            self.embedding: nn.Embedding = nn.Embedding.from_pretrained(
-                torch.empty(spec.vocabulary, spec.width), freeze=False
-            )
+            self.embedding = empty_embedding(spec.vocabulary, spec.width)
             self.prefix = None
             if spec.prefix is not None:
                 mixer = spec.blocks[0].mixer

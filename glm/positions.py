@@ -121,9 +121,7 @@ class Rotary:
             # float64 on purpose: at position 10⁶ a float32 angle is off by 0.06 radians
             angle = positions[..., axis, None].double() * self.frequencies(width).to(positions.device)
             gain = self.scaling.gain
-            turns.append(
-                ((angle.cos() * gain).to(wider)[:, :, None], (angle.sin() * gain).to(wider)[:, :, None])
-            )
+            turns.append(((angle.cos() * gain).to(wider)[:, :, None], (angle.sin() * gain).to(wider)[:, :, None]))
         return Rotation(turns, self.widths, self.pairing)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from glm.linear import empty_embedding
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -33,7 +35,7 @@ class PrefixModule(nn.Module):
         if spec.projected is not None:
             embedded, hidden = spec.projected
             self.project = nn.Sequential(nn.Linear(embedded, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
-        self.embedding = nn.Embedding(spec.length, embedded)
+        self.embedding = empty_embedding(spec.length, embedded)
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         """Of each layer (k, v), each [1, G, p, K]."""

@@ -1,6 +1,6 @@
 """From a checkpoint folder to a model: recognise, describe, refuse what cannot fit, load.
 
-    config.json -> family -> spec -> GLM(spec) on the meta device -> filled tensor by tensor from the files
+config.json -> family -> spec -> GLM(spec) on the meta device -> filled tensor by tensor from the files
 """
 
 from dataclasses import replace
@@ -47,6 +47,9 @@ def load(
     if prefix is not None:
         checkpoint = with_prefix(checkpoint, Checkpoint.open(fetch(prefix)))
     generation, spec = described(checkpoint, Path(source).name)
+    if len(spec.blocks) > len(checkpoint.tensors):  # said before a thousand blocks are built to find it out
+        count = len(checkpoint.tensors)
+        raise CheckpointError(f"{checkpoint.listing}: has {count} tensors for {len(spec.blocks)} layers")
     model = GLM(spec, device="meta")
     table = generation.table(spec, checkpoint.config, model.state_dict())
     if dtype is None:
@@ -74,4 +77,3 @@ def with_prefix(base: Checkpoint, addition: Checkpoint) -> Checkpoint:
         raise CheckpointError(f"{base.folder}: already has the learned prefix {twice[0]}")
     fields = {key: addition.config.get(key) for key in ("pre_seq_len", "prefix_projection")}
     return replace(base, config=base.config | fields, tensors=base.tensors | addition.tensors)
-

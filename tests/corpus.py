@@ -554,7 +554,7 @@ SIZES = {
     SPLIT: "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim "
     "vocab_size",
 }
-NO_SIZES = (0, -1, 1, 7, 200, 10**9, 10**12, 2**63, 10**39, 2.5, "64", True, None, [64], {})
+NO_SIZES = (0, -1, 1, 7, 200, 1000, 10**9, 10**12, 2**63, 10**39, 2.5, "64", True, None, [64], {})
 for base, names in SIZES.items():
     for name, value in product(names.split(), NO_SIZES):
         if value is True or (name, value) not in (("multi_query_group_num", 1), ("num_attention_heads", 1)):  # possible

@@ -35,8 +35,8 @@ def load(folder: Path) -> glm.GLM:
 
 @pytest.fixture(scope="module", autouse=True)
 def warm() -> None:
-    """Loads every base folder as it is: they are well-formed, and torch has started."""
-    for base in (NATIVE, PER_HEAD, INTEGER, SPLIT):
+    """Loads every base folder as it is, and one with a prefix: they are well-formed, and torch has started."""
+    for base in (NATIVE, PER_HEAD, INTEGER, SPLIT, "chatglm3-ptuning-noproj"):
         load(GOLDENS / base)
 
 

@@ -55,9 +55,7 @@ def build(
     block = Block(
         wiring=wiring,
         norm=norm,
-        mixer=Attention(
-            heads=heads, groups=groups, head_width=head_width, qkv_bias=qkv_bias, out_bias=linear_bias
-        ),
+        mixer=Attention(heads=heads, groups=groups, head_width=head_width, qkv_bias=qkv_bias, out_bias=linear_bias),
         feed_forward=FeedForward(inner=inner, branches=("silu", "identity"), bias=linear_bias),
     )
     return Spec(
@@ -65,9 +63,7 @@ def build(
         width=width,
         context=context,
         reading=Causal(),
-        rotary=Rotary(
-            widths=(head_width // 2,), pairing="interleaved", base=base, scaling=scaling, rounding=None
-        ),
+        rotary=Rotary(widths=(head_width // 2,), pairing="interleaved", base=base, scaling=scaling, rounding=None),
         blocks=(block,) * layers,
         final_norm=norm if final_norm else None,
         tied=tied,
@@ -267,9 +263,7 @@ RELEASES = (
     Release("chatglm3-6b-128k", "THUDM/chatglm3-6b-128k", 2024, published_6b(131072, base=5e6), HALF, 7),
     Release("glm-4-9b", "zai-org/glm-4-9b", 2024, published_9b(8192, 1e4), BRAIN, 10),
     Release("glm-4-9b-chat", "zai-org/glm-4-9b-chat", 2024, published_9b(131072, 5e6), BRAIN, 10),
-    Release(
-        "glm-4-9b-chat-1m", "zai-org/glm-4-9b-chat-1m", 2024, published_9b(1048576, 1e8, groups=4), BRAIN, 10
-    ),
+    Release("glm-4-9b-chat-1m", "zai-org/glm-4-9b-chat-1m", 2024, published_9b(1048576, 1e8, groups=4), BRAIN, 10),
     Release("codegeex4-all-9b", "zai-org/codegeex4-all-9b", 2024, published_9b(131072, 5e6), BRAIN, 4),
 )
 

@@ -70,9 +70,7 @@ def spec(config: Config, name: str, wiring: Wiring = Pre()) -> Spec:
     """A config.json of model_type "glm" as a spec (of "glm4" with its wiring). Raises ConfigError."""
     f = Fields(config, "config.json")
     if "quantization_config" in config:
-        raise ConfigError(
-            "config.json: quantization_config: quantised checkpoints of this format are not supported"
-        )
+        raise ConfigError("config.json: quantization_config: quantised checkpoints of this format are not supported")
     f.choice("hidden_act", ("silu",), default="silu")
     heads = f.integer("num_attention_heads", 1, 1024)
     head_width = f.integer("head_dim", 1, 1 << 14)
@@ -205,9 +203,7 @@ EDGE_LARGE = published_edge(40, 3072, 8192, 24, 6, tied=False)
 RELEASES = (
     Release("glm-4-9b-hf", "zai-org/glm-4-9b-hf", 2024, published_9b(8192), BRAIN, 4),
     Release("glm-4-9b-chat-hf", "zai-org/glm-4-9b-chat-hf", 2024, published_9b(131072), BRAIN, 4),
-    Release(
-        "glm-4-9b-chat-1m-hf", "zai-org/glm-4-9b-chat-1m-hf", 2024, published_9b(1048576, groups=4), BRAIN, 4
-    ),
+    Release("glm-4-9b-chat-1m-hf", "zai-org/glm-4-9b-chat-1m-hf", 2024, published_9b(1048576, groups=4), BRAIN, 4),
     Release("glm-edge-1.5b-chat", "zai-org/glm-edge-1.5b-chat", 2024, EDGE_SMALL, BRAIN, 1),
     Release("glm-edge-4b-chat", "zai-org/glm-edge-4b-chat", 2024, EDGE_LARGE, BRAIN, 2),
 )

@@ -31,9 +31,7 @@ NAMES = (
 )
 
 
-def published(
-    layers: int, width: int, inner: int, heads: int, groups: int, context: int, qkv_bias: bool
-) -> Spec:
+def published(layers: int, width: int, inner: int, heads: int, groups: int, context: int, qkv_bias: bool) -> Spec:
     """The numbers in which the releases differ."""
     return glm4.build(
         layers=layers,

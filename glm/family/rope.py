@@ -27,9 +27,7 @@ def rotary(config: Config, head_width: int, context: int, pairing: str) -> Rotar
     f = Fields(merged, "config.json (rope_parameters)")
     width = int(head_width * f.number("partial_rotary_factor", 0, 1))
     if width % 2 or width == 0:
-        raise ConfigError(
-            f"config.json: partial_rotary_factor turns {width} of {head_width} channels: not pairs"
-        )
+        raise ConfigError(f"config.json: partial_rotary_factor turns {width} of {head_width} channels: not pairs")
     return Rotary(
         widths=(width,),
         pairing=pairing,
