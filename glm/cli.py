@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GLMError as error:
         return complain(str(error))
     except Exception as error:
+        if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):  # torch's own; it may not be imported
+            return complain("out of memory; try fewer tokens, a smaller --dtype or another --device")
         if not isinstance(error, Refusal):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "glm")
@@ -205,11 +207,6 @@ def terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def console() -> Console:
-    """Standard output, as wide as the terminal, or as wide as it takes."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
-
-
 def columns(*names: str) -> Table:
     """An empty table; names that end in > are those of columns of numbers."""
     table = Table(box=None, pad_edge=False)
@@ -219,8 +216,8 @@ def columns(*names: str) -> Table:
 
 
 def show(what: RenderableType) -> None:
-    """Print a table or a report; into a pipe without white space at the ends of lines."""
-    screen = console()
+    """Print a table or a report: in a terminal as wide as that; in a pipe as wide as it takes, lines ending clean."""
+    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
     with screen.capture() as printed:
         screen.print(what)
     text = printed.get()
@@ -429,13 +426,13 @@ def info(
 
     with busy("counting …"):
         about = describe(source or embedded(), context, weights, device=placed(device))
-    screen, need, found = console(), about.need, about.found
+    need, found = about.need, about.found
     published = f", {about.release.hub}, {about.release.year}" if about.release else ""
-    screen.print(f"{called(about.source)} (generation {about.generation}{published})\n", markup=False)
-    screen.print(f"{about.spec}\n", markup=False)
-    screen.print(f"parameters  {about.parameters:,}")
-    screen.print(f"cache       {need.per_token:,} bytes a token, {size(need.cache)} for {need.context:,} tokens")
-    screen.print(f"memory      {'unknown' if found is None else f'{size(found.bytes)} {found.where}'}\n")
+    print(f"{called(about.source)} (generation {about.generation}{published})\n")
+    print(f"{about.spec}\n")
+    print(f"parameters  {about.parameters:,}")
+    print(f"cache       {need.per_token:,} bytes a token, {size(need.cache)} for {need.context:,} tokens")
+    print(f"memory      {'unknown' if found is None else f'{size(found.bytes)} {found.where}'}\n")
 
     table = columns("weights as", "bytes>", "weights>", "cache>", "working>", "together>", "fits")
     for way, takes in about.needs.items():
@@ -533,7 +530,9 @@ def verify(
 def convert(
     source: Annotated[str, argument("SRC", "Checkpoint folder or hub id; .bin files are welcome.")],
     destination: Annotated[Path, argument("DST", "The folder to create.")],
-    dtype: Annotated[str | None, option("DTYPE", "float32, fp16 or bf16.", "as it is")] = None,
+    dtype: Annotated[
+        str | None, option("DTYPE", "float32, bfloat16 or float16.", "as it is", parser=dtype_name)
+    ] = None,
     names: Annotated[str | None, option("NAMES", "Tensor names of GLM-4-9B: hf or chatglm.", "as they are")] = None,
 ) -> None:
     """Rewrite a checkpoint as safetensors.
@@ -542,7 +541,8 @@ def convert(
     """
     from glm.convert import convert as rewrite
 
-    rewrite(source, destination, dtype=dtype, names=names)
+    short = {"bfloat16": "bf16", "float16": "fp16"}
+    rewrite(source, destination, dtype=dtype and short.get(dtype, dtype), names=names)
     note(f"{destination} is written")
 
 

@@ -143,7 +143,8 @@ MISTAKES = {
     "tokenize x -s /nowhere": (1, "/nowhere"),
     "verify": (2, "FOLDER"),
     "convert SMALL SMALL": (1, "already exists"),
-    "convert SMALL /tmp/never --dtype int3": (1, "'int3'"),
+    "convert SMALL /tmp/never --dtype int3": (2, "'int3' is not one of float64"),
+    "convert SMALL /tmp/never --dtype float64": (1, "'float64'"),
     "synthesize chatglm9-6b --out /tmp/never": (1, "no release is called 'chatglm9-6b'"),
     "train /nowhere.toml": (1, "/nowhere.toml"),
     "sing": (2, "try `glm --help`"),
@@ -173,6 +174,18 @@ def test_ctrl_c_is_silent(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("glm.info.describe", interrupted)
     assert run("info", "chatglm-6b") == Ran(130, "", "")
+
+
+def test_running_out_of_memory_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate …")):
+
+        def full(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("glm.info.describe", full)
+        ran = run("info", "chatglm-6b")
+        assert (ran.status, ran.out, ran.err.count("\n")) == (1, "", 1)
+        assert "out of memory" in ran.err
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(small: str) -> None:
@@ -474,6 +487,9 @@ def test_verify_says_what_agrees(run: Run, tmp_path: Path) -> None:
 def test_convert_writes_a_checkpoint(run: Run, small: str, tmp_path: Path) -> None:
     assert run("convert", small, str(tmp_path / "new"), "--dtype", "float32").status == 0
     assert run("chat", str(tmp_path / "new"), typed="hello\n") == run("chat", small, typed="hello\n")
+    for dtype in ("bfloat16", "bf16"):
+        assert run("convert", small, str(tmp_path / dtype), "--dtype", dtype).status == 0
+        assert "bfloat16" in (tmp_path / dtype / "config.json").read_text()
 
 
 def test_synthesize_writes_a_checkpoint(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,15 @@ def test_memory_of_this_machine() -> None:
     assert memory.memory_found("meta") is None
 
 
+def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free on the device, and what torch holds there without using it."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert memory.memory_found("cuda") == Found(1200, "free on a GPU")
+
+
 def test_memory_that_linux_calls_available(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       100 kB\nMemFree:        10 kB\nMemAvailable:   64 kB\n")
