@@ -104,7 +104,7 @@ def releases() -> str:
                 f"`{generation_of(name).name}`",
             ]
         )
-    return table(["release", "year", "parameters", "as published", "cache a token", "context", "generation file"], rows)
+    return table(["release", "year", "parameters", "weights", "cache a token", "context", "generation file"], rows)
 
 
 def parity() -> str:

@@ -272,7 +272,7 @@ def chat(
     source: Source = "",
     system: Annotated[str | None, option("TEXT", "Instructions that stand before the conversation.")] = None,
     rounds: Annotated[
-        int | None, option("N", "Earlier rounds to show the model.", "all that fit; to tiny-glm none")
+        int | None, option("N", "Earlier rounds to show the model.", "all that fit; to tiny-glm two")
     ] = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -292,7 +292,7 @@ def chat(
 
     name = called(source or embedded())
     if rounds is None and name == "tiny-glm":
-        rounds = 0  # its glossary is of single questions: it answers those best
+        rounds = 2  # no more than it was trained with
     talk = Talk(
         model, tokenizer, system=system, rounds=rounds, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed,

@@ -89,11 +89,12 @@ class GLM(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
+        prefix: str | PathLike[str] | None = None,
     ) -> "GLM":
-        """The model of a checkpoint folder or hub id; see `glm.pretrained.load`."""
+        """The model of a checkpoint folder or hub id; `prefix` is a P-Tuning folder. See `glm.pretrained.load`."""
         from glm.pretrained import load  # the way down to files and families starts here
 
-        return load(source, dtype=dtype, device=device, revision=revision)
+        return load(source, dtype=dtype, device=device, revision=revision, prefix=prefix)
 
     @classmethod
     def from_release(
