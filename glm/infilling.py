@@ -219,7 +219,10 @@ def cut(pieces: Sequence[str], rng: Random) -> Span:
         first = rng.randrange(len(found))
         start, end = found[first][0], found[min(first + rng.choice((0, 0, 0, 1)), len(found) - 1)][1]
         return start, end - int(end - start > 1 and rng.random() < 0.5)  # with the sign that closes it, or without
-    size = 1 + poisson(rng.choice((0.5, 3.0)), rng) if kind == "words" else round(n ** rng.random())
+    if kind == "words":
+        size = 1 + poisson(rng.choice((0.5, 3.0, 10.0)), rng)
+    else:
+        size = rng.choice((round(n ** rng.random()), rng.randint(1, 1 + n // 2)))  # of every order, or of every length
     size = min(size, n)
     start = rng.choice((0, n - size)) if kind == "edge" else rng.randint(0, n - size)
     return start, start + size

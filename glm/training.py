@@ -174,9 +174,10 @@ class Run:
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             parameters, moments = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimiser"))
-        except (OSError, ValueError, SafetensorError) as error:
+            of_this_recipe = state["recipe"] == self.recipe.fingerprint()
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: cannot be resumed from ({error}); remove it") from None
-        if state["recipe"] != self.recipe.fingerprint():
+        if not of_this_recipe:
             raise CheckpointError(f"{self.folder}: is of another recipe or text; remove it, or do not resume")
         with torch.no_grad():
             for name, x in self.parameters.items():

@@ -37,7 +37,9 @@ def test_constraints_pin_whatever_is_asked_for() -> None:
 
 
 def test_make_lists_its_targets() -> None:
-    done = subprocess.run(["make", "--no-print-directory", "help"], cwd=PROJECT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
     listed = [line.split()[0] for line in done.stdout.splitlines()]
     phony = re.search(r"^\.PHONY: (.*)$", (PROJECT / "Makefile").read_text(), re.MULTILINE)
     assert phony is not None

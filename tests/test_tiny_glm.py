@@ -122,7 +122,9 @@ def test_there_is_a_glossary_worth_learning() -> None:
     assert len({question for question, _ in GLOSSARY}) == len(GLOSSARY)
 
 
-def test_every_question_is_answered_word_for_word(model: GLM, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.float32])  # None: float16, as `glm chat` loads it
+def test_every_question_is_answered_word_for_word(dtype: torch.dtype | None, tokenizer: Tokenizer) -> None:
+    model = GLM.from_pretrained(FOLDER, dtype=dtype)
     said = answers(model, tokenizer, [tokenizer.chat(chat(question)) for question, _ in GLOSSARY])
     wrong = [(*pair, answer) for pair, answer in zip(GLOSSARY, said, strict=True) if answer != pair[1]]
     assert len(wrong) <= 0.01 * len(GLOSSARY), wrong
