@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,9 @@ def demo() -> str:
     return "```\n" + "\n".join(said) + "```"
 
 
-def cpu_speed() -> str:
+def cpu_speed(dtype: str) -> str:
     """This package against transformers on the CPU."""
-    found = result("cpu_speed")
+    found = result(f"cpu_speed_{dtype}")
     head = ["context", "prefill tok/s", "transformers", "ratio", "decode tok/s", "transformers", "ratio"]
     rows = []
     for row in found["rows"]:
@@ -67,7 +68,7 @@ def cpu_speed() -> str:
     note = (
         f"{found['dtype']}, {found['threads']} threads, medians of {found['rounds']} rounds in turn in one process; "
         f"transformers with the better of its dynamic and static cache. {source(found)}. "
-        "Written by `python kernels/bench/cpu_speed.py`."
+        f"Written by `python kernels/bench/cpu_speed.py --dtype {dtype}`."
     )
     return f"{table(head, rows)}\n\n{note}"
 
@@ -120,7 +121,8 @@ def parity() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
-    "cpu-speed": cpu_speed,
+    "cpu-speed-float32": partial(cpu_speed, "float32"),
+    "cpu-speed-bfloat16": partial(cpu_speed, "bfloat16"),
     "load-memory": load_memory,
     "releases": releases,
     "parity": parity,
