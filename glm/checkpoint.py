@@ -2,7 +2,7 @@
 
     checkpoint = Checkpoint.open(folder)                 # config, index and headers read and checked; no weights
     fill(model, checkpoint, table, ignorable)            # every tensor accounted for, then copied one at a time
-    save(folder, config, export(model, table))           # the way back, in the official layout
+    save(folder, config, export(table, …))               # the way back, in the official layout
 
 The table is a list of `Stored`: which tensor on disk is which part of which parameter. It is compared with the
 headers in both directions before anything is allocated, and the model is touched only when every tensor has
@@ -318,14 +318,24 @@ def put(model: nn.Module, before: Mapping[str, Tensor], after: Mapping[int, Tens
 # ----------------------------------------------------------------------------- out
 
 
-def export(model: nn.Module, table: Iterable[Stored], dtype: torch.dtype | None = None) -> list[Outgoing]:
-    """The tensors of `model` as `table` stores them, floating-point ones cast to `dtype` where one is given."""
-    tensors = model.state_dict()
+def export(
+    table: Iterable[Stored],
+    shapes: Mapping[str, Tensor],
+    numbers: Callable[[str], Tensor],
+    dtype: Callable[[str], torch.dtype | None],
+) -> list[Outgoing]:
+    """The tensors that `table` stores, to be made one at a time.
+
+    `shapes` are the parameters by name, possibly on the meta device; `numbers` gives one when its turn comes, `dtype`
+    what its floating-point numbers are stored as (None: as they are).
+    """
 
     def outgoing(stored: Stored) -> Outgoing:
-        parameter = tensors[stored.parameter]
-        final, shape = final_dtype(stored, parameter, dtype), stored.part(parameter).shape
-        return Outgoing(stored.name, final, tuple(shape), lambda: stored.on_disk(parameter).reshape(shape).to(final))
+        parameter = shapes[stored.parameter]
+        final, shape = final_dtype(stored, parameter, dtype(stored.parameter)), tuple(stored.part(parameter).shape)
+        return Outgoing(
+            stored.name, final, shape, lambda: stored.on_disk(numbers(stored.parameter)).reshape(shape).to(final)
+        )
 
     return [outgoing(stored) for stored in table]
 

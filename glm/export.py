@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from glm import family
-from glm.checkpoint import SHARD_BYTES, Checkpoint, Stored, match, save
+from glm.checkpoint import SHARD_BYTES, Checkpoint, Stored, export, match, save
 from glm.errors import ConfigError
 from glm.family.generation import Generation
 from glm.model import GLM
@@ -61,18 +61,7 @@ def exported(
     `dtype` says what its floating-point numbers are stored as.
     """
     config = generation.config(spec) | {"torch_dtype": str(dtype(next(iter(shapes)))).removeprefix("torch.")}
-
-    def outgoing(stored: Stored) -> Outgoing:
-        shape = shapes[stored.parameter]
-        final = dtype(stored.parameter) if shape.is_floating_point() else shape.dtype
-        if stored.at_least is not None:
-            final = torch.promote_types(final, stored.at_least)
-        size = tuple(stored.part(shape).shape)
-        return Outgoing(
-            stored.name, final, size, lambda: stored.on_disk(numbers(stored.parameter)).reshape(size).to(final)
-        )
-
-    return config, [outgoing(stored) for stored in generation.table(spec, config, shapes)]
+    return config, export(generation.table(spec, config, shapes), shapes, numbers, dtype)
 
 
 def chosen(spec: Spec, name: str | None) -> Generation:

@@ -151,6 +151,11 @@ def test_the_largest_numbers_are_numbers() -> None:
     assert finite(torch.tensor([127], dtype=torch.int8))
 
 
+def exported(model: nn.Module, table: list[Stored], dtype: torch.dtype | None = None) -> list[Outgoing]:
+    tensors = model.state_dict()
+    return export(table, tensors, tensors.__getitem__, lambda _: dtype)
+
+
 @pytest.mark.parametrize("rows", [1, 3, PIECE // 3 - 1, PIECE // 3, PIECE // 3 + 1, 5_000_000])
 def test_tensors_of_any_number_of_pieces(tmp_path: Path, rows: int) -> None:
     disk = {"w": torch.randint(-128, 128, (3 * rows, 1), dtype=torch.int8)}
@@ -159,19 +164,19 @@ def test_tensors_of_any_number_of_pieces(tmp_path: Path, rows: int) -> None:
         model.register_buffer("weight", torch.empty(3 * rows, 1, dtype=torch.int8, device="meta"))
         table = [Stored("w", "weight", packing=packing)]
         fill(model, Checkpoint.open(folder_of(tmp_path, disk)), table, device="cpu")
-        [back] = export(model, table)
+        [back] = exported(model, table)
         assert torch.equal(back.make(), disk["w"])
 
 
 def test_export_and_save_are_the_way_back(tmp_path: Path) -> None:
     model = on_meta()
     fill(model, Checkpoint.open(folder_of(tmp_path / "one", numbers())), TABLE, device="cpu")
-    save(tmp_path / "two", {"a": [1, "字"]}, export(model, TABLE))
+    save(tmp_path / "two", {"a": [1, "字"]}, exported(model, TABLE))
     assert json.loads((tmp_path / "two" / "config.json").read_text()) == {"a": [1, "字"]}
     back = load_file(tmp_path / "two" / "model.safetensors")
     assert back.keys() == numbers().keys()
     assert all(torch.equal(back[name], x) for name, x in numbers().items())
-    narrow = {out.name: out.dtype for out in export(model, TABLE, torch.float16)}
+    narrow = {out.name: out.dtype for out in exported(model, TABLE, torch.float16)}
     assert narrow["wte"] == torch.float16
     assert narrow["scale"] == torch.float32
     assert narrow["int"] == torch.int8
