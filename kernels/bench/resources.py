@@ -1,13 +1,16 @@
 """What every kernel needs of every device: registers, spills and shared memory, from the compiler alone.
 
-Run as `python kernels/bench/resources.py`; it takes no GPU and writes results/resources.json, to which the tests hold
-the kernels.
+Run as `python kernels/bench/resources.py [MODULE …]`; it takes no GPU and writes results/resources.json, to which the
+tests hold the kernels. With names of modules, as "attention", only their kernels are compiled anew.
 """
 
+import json
 import os
 import sys
 import tempfile
+from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -15,19 +18,22 @@ import machine
 
 sys.path.insert(0, str(machine.ROOT / "kernels"))
 
-from glm_kernels import norms
 from glm_kernels.variants import TARGETS, Compiled, Variant, compile
 
-MODULES = (norms,)  # every file with kernels
+NAMES = ("attention", "norms")  # every file with kernels
+MODULES = [import_module(f"glm_kernels.{name}") for name in NAMES]
+PATH = machine.RESULTS / "resources.json"
 
 
-def everything() -> list[tuple[int, int, int]]:
-    """(module, target, variant) by their places in the lists."""
+def everything(names: Collection[str] = NAMES, twins: bool = True) -> list[tuple[int, int, int]]:
+    """(module, target, variant) by their places in the lists; those marked `twin` can be left out."""
     return [
         (m, t, v)
         for m, module in enumerate(MODULES)
+        if NAMES[m] in names
         for t, target in enumerate(TARGETS)
-        for v in range(len(module.variants(target)))
+        for v, variant in enumerate(module.variants(target))
+        if twins or not variant.twin
     ]
 
 
@@ -50,14 +56,23 @@ def table(places: list[tuple[int, int, int]], processes: int | None = None) -> d
     return dict(sorted(rows.items()))
 
 
-def main() -> None:
-    """Compile everything and write the table."""
-    rows = table(everything())
+def main(names: Collection[str]) -> None:
+    """Compile the kernels of these modules and write the table."""
+    kept = {}
+    if set(names) != set(NAMES):
+        known = {v.name for name, m in zip(NAMES, MODULES, strict=True) if name not in names for v in listed(m)}
+        kept = {name: row for name, row in json.loads(PATH.read_text())["variants"].items() if name in known}
+    rows = kept | table(everything(names))
     result: dict[str, Any] = {"versions": {"triton": version("triton")}, "commit": machine.commit()}
     result["columns"] = ["registers", "spilled", "shared"]
-    result["variants"] = rows
+    result["variants"] = dict(sorted(rows.items()))
     print(machine.write("resources", result))
 
 
+def listed(module: Any) -> list[Variant]:
+    """All variants of a module on all targets."""
+    return [variant for target in TARGETS for variant in module.variants(target)]
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or NAMES)
