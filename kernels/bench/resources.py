@@ -15,10 +15,10 @@ import machine
 
 sys.path.insert(0, str(machine.ROOT / "kernels"))
 
-from glm_kernels import norms
+from glm_kernels import decode, norms
 from glm_kernels.variants import TARGETS, Compiled, Variant, compile
 
-MODULES = (norms,)  # every file with kernels
+MODULES = (norms, decode)  # every file with kernels
 
 
 def everything() -> list[tuple[int, int, int]]:

@@ -38,7 +38,8 @@ second kernel, since one program would read megabytes alone. Either goes through
 is the same to the bit each time.
 
 Layout: any strides with the channels side by side (what is q only, is copied otherwise); 16-byte loads need strides
-and addresses that are multiples of 16 bytes. float16, bfloat16 and float32; the reference takes float64 too. There is
+and addresses that are multiples of 16 bytes. float16, bfloat16 and float32, heads of up to 256 channels
+and latents of up to 512 + 128; the reference takes the rest. There is
 no backward pass: the tokens of training are many, see `attention`.
 """
 
@@ -48,12 +49,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glm_kernels.dispatch import INTERPRETED, Target, jit, takes_kernel, target, tl, triton
+from glm_kernels.dispatch import Target, jit, takes_kernel, target, tl, triton
 from glm_kernels.variants import POINTERS, Variant
 
 LAST = 16  # up to so many splits are joined by the last program of their row
 LOWEST = tl.constexpr(-3.4028234663852886e38) if triton else -3.4028234663852886e38
-WIDEST = 1024  # channels of a key or a value
+WIDEST = 256  # channels of a key or a value that the kernel takes
+LATENT = 512, 128  # of a latent: those that are values, and the others
 
 # ----------------------------------------------------------------------------- reference
 
@@ -76,7 +78,10 @@ def decode_attention_reference(
     seen = j <= last[:, :, None]  # [B T S]
     if start is not None:
         seen = seen & (j >= start[:, None, None])
-    k, v = (k if key_scale is None else k * key_scale[..., None]), (v if value_scale is None else v * value_scale[..., None])
+    k, v = (
+        (k if key_scale is None else k * key_scale[..., None]),
+        (v if value_scale is None else v * value_scale[..., None]),
+    )
     unseen = ~seen.any(1)[:, None, :, None]  # what lies there may be NaN
     k, v = k.to(q.dtype).masked_fill(unseen, 0), v.to(q.dtype).masked_fill(unseen, 0)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=scale, enable_gqa=True)
@@ -270,17 +275,18 @@ def power(n: int) -> int:
 def shape_of_launch(dtype: torch.dtype, stored: int, K: int, V: int, rest: int, queries: int, on: Target) -> Shape:
     """For `queries` a group and keys of K + rest channels, each `stored` bytes; V is 0 where values are keys.
 
-    The accumulator, rows × values, has 64 registers a thread at most. The keys and values of all stages leave room for
-    a second program on the same multiprocessor, unless values are so wide that its registers are taken. float32
-    has no tensor cores, and an operand of its products lies in registers whole: few keys a step.
+    The accumulator, rows × values, has 64 registers a thread at most. While it is small two programs share a
+    multiprocessor, and the keys and values of all stages leave room for the other. float32 has no tensor cores, and an
+    operand of its products lies in registers whole: few keys a step.
     """
     value, full = power(V or K), dtype == torch.float32
     rows = min(power(queries), 16 if full or value > 512 else 32 if value > 256 else 64)
-    warps = 4 if rows * value <= 4096 else 8
-    resident = 1 if value > 256 else 2
+    resident = 2 if rows * value <= 4096 else 1
+    warps = 4 if (rows == 16 or resident == 2) and not full else 8
     room = on.shared // resident - 8192 * (3 - resident)
     a_key = stored * (power(K) + (power(V) if V else 0) + (power(rest) if rest else 0))
-    fits = [(n, s) for n, s in BLOCKS if s * n * a_key <= room and (not full or n * value <= 64 * 32)]
+    widest = max(16, (stored * 1024 if full else 16384) // value)
+    fits = [(n, s) for n, s in BLOCKS if s * n * a_key <= room and n <= widest]
     block, stages = fits[0] if fits else (16, 1)
     return Shape(rows, block, stages, min(4, 1 + room // (rows * value * 4)), warps, resident)
 
@@ -288,8 +294,8 @@ def shape_of_launch(dtype: torch.dtype, stored: int, K: int, V: int, rest: int, 
 def splits_of_launch(programs: int, S: int, block: int, wave: int) -> int:
     """How many parts the keys of every row are split in, for so many programs without splitting.
 
-    A wave are the programs that run at the same time. The least number whose waves are nine tenths full, or else the fullest,
-    as long as every part has a block of keys.
+    A wave is what runs at the same time. The least number whose waves are nine tenths full, or else the fullest, as
+    long as every part has a block of keys.
     """
     most = max(1, min(-(-S // block), wave))
 
@@ -356,7 +362,9 @@ def launch(
     splits = splits or splits_of_launch(programs, S, shape.block, shape.resident * multiprocessors(q))
     partial = partial or partial_of(q, G, splits, V)
     arrived = counters_for(q) if splits <= last and programs <= COUNTERS else None
-    strides = [n for x in (q, k, v, key_scale, value_scale, y) for n in (x.stride()[:3] if x is not None else (0, 0, 0))]
+    strides = [
+        n for x in (q, k, v, key_scale, value_scale, y) for n in (x.stride()[:3] if x is not None else (0, 0, 0))
+    ]
     with torch.cuda.device_of(q):
         decode_kernel[(programs, splits)](
             q, k, v, key_scale, value_scale, length, start, y, *partial, partial.tops if arrived is None else arrived,
@@ -380,7 +388,14 @@ def variants(target: Target) -> list[Variant]:
     """Every kind of launch: the published head sizes and numbers of rows, each way to store a cache, each dtype."""
     half, full = torch.bfloat16, torch.float32
     plain = [(half, 64, 16), (half, 80, 16), (half, 128, 16), (half, 128, 32), (half, 128, 64), (half, 192, 16)]
-    plain += [(half, 256, 16), (half, 256, 64), (torch.float16, 128, 16), (full, 64, 16), (full, 128, 16), (full, 256, 16)]
+    plain += [
+        (half, 256, 16),
+        (half, 256, 64),
+        (torch.float16, 128, 16),
+        (full, 64, 16),
+        (full, 128, 16),
+        (full, 256, 16),
+    ]
     int8 = [(half, 128, 16), (half, 128, 64), (half, 256, 16), (torch.float16, 128, 16), (full, 128, 16)]
     return [
         *(variant(target, dtype, K, K, rows) for dtype, K, rows in plain),
@@ -394,7 +409,10 @@ def variants(target: Target) -> list[Variant]:
 def variant(
     target: Target, dtype: torch.dtype, K: int, V: int, queries: int, *, int8: bool = False, started: bool = False
 ) -> Variant:
-    """As a launch with so many queries a group compiles it; V = 0 is the latent of GLM-4.7-Flash, 512 of K as values."""
+    """As a launch with so many queries a group compiles it; V = 0 is the latent of GLM-4.7-Flash, 512 of K as values.
+
+    Registers are fitted to an H100; elsewhere the same shapes may spill a few, as the table shows.
+    """
     first, rest = (K, 0) if V else (512, K - 512)
     shape = shape_of_launch(dtype, 1 if int8 else dtype.itemsize, first, V, rest, queries, target)
     pointer = POINTERS[dtype]
@@ -416,6 +434,7 @@ def variant(
     return Variant(
         f"{label} rows {shape.rows} {pointer[1:]}", decode_kernel, given, values,
         {"num_warps": shape.warps, "enable_fp_fusion": True}, unaligned=(*counts, "ks_token", "vs_token"),
+        hot=target == Target("cuda", 90),
     )  # fmt: skip
 
 
@@ -438,7 +457,9 @@ def decode(
     key_scale: Tensor | None, value_scale: Tensor | None, value_width: int,
 ) -> Tensor:  # fmt: skip
     """y [B, H, T, value_width]; without v the values are the first `value_width` channels of k [B, G, S, K]."""
-    if takes_kernel(q) and k.shape[3] <= WIDEST and value_width <= WIDEST:
+    rest = k.shape[3] - value_width
+    fits = max(k.shape[3], value_width) <= WIDEST if v is not None else value_width <= LATENT[0] and rest <= LATENT[1]
+    if takes_kernel(q) and fits:
         y = q.new_empty(*q.shape[:3], value_width)
         launch(q, k, v, length, start, scale, key_scale, value_scale, y)
         return y
