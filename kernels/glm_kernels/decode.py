@@ -492,11 +492,11 @@ def check(q: Tensor, length: Tensor, caches: dict[str, Tensor], scales: dict[str
     int8 = all(x is not None for x in scales.values()) and len(scales) > 0
     if len({x is None for x in scales.values()}) > 1:
         raise ValueError("key_scale and value_scale belong together: an int8 cache has both")
-    G, S = next(iter(caches.values())).shape[1:3] if next(iter(caches.values())).ndim == 4 else (0, 0)
+    G, S = caches["k"].shape[1:3] if caches["k"].ndim == 4 else (0, 0)
     for name, x in caches.items():
+        shape = f"[{B}, groups, tokens, {K}]" if name == "k" else f"[{B}, {G}, {S}, channels]"
         if x.ndim != 4 or x.shape[:3] != (B, G, S) or (x.shape[3] != K and name == "k"):
-            shape = f"[{B}, groups, tokens, {K if name == 'k' else 'channels'}]"
-            raise ValueError(f"{name} must be {shape}, its groups and tokens those of the keys; it is {list(x.shape)}")
+            raise ValueError(f"{name} must be {shape}; it is {list(x.shape)}")
         if x.dtype != (torch.int8 if int8 else q.dtype) or x.device != q.device:
             needed = "torch.int8, since there are scales" if int8 else f"{q.dtype} as q is, or int8 with scales"
             raise ValueError(f"{name} must be {needed}, on {q.device}; it is {x.dtype} on {x.device}")
