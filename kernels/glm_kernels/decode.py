@@ -149,7 +149,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     n = tl.arange(0, block)
     k += b * k_row + g * k_group
     top = tl.full([rows], LOWEST, tl.float32)
-    total = tl.zeros([rows], tl.float32)
+    parts = tl.zeros([rows, block], tl.float32)  # of z, added up at the end: a sum across warps makes all of them wait
     acc = tl.zeros([rows, VB], tl.float32)
     if v is not None:
         v += b * v_row + g * v_group
@@ -178,7 +178,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
 
         higher = tl.maximum(top, tl.max(x, 1))
         keep, p = tl.exp2(top - higher), tl.exp2(x - higher[:, None])
-        total = total * keep + tl.sum(p, 1)
+        parts = parts * keep[:, None] + p
         acc *= keep[:, None]
         top = higher
         if value_scale is not None:  # (3), relative to the block's largest: float16 has no room for small products
@@ -189,6 +189,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             acc = tl.dot(p.to(x_q.dtype), values, acc, input_precision="ieee")
 
     # what the split came to
+    total = tl.sum(parts, 1)
     at_row = (group * splits).to(tl.int64) * (R * T) + r
     mine = at_row + split * (R * T)
     inside = real_row[:, None] & (d < V)
@@ -285,7 +286,7 @@ def shape_of_launch(dtype: torch.dtype, stored: int, K: int, V: int, rest: int, 
     warps = 4 if (rows == 16 or resident == 2) and not full else 8
     room = on.shared // resident - 8192 * (3 - resident)
     a_key = stored * (power(K) + (power(V) if V else 0) + (power(rest) if rest else 0))
-    widest = max(16, (stored * 1024 if full else 16384) // value)
+    widest = max(16, stored * 1024 // value) if full else 64 if value <= 128 else 32
     fits = [(n, s) for n, s in BLOCKS if s * n * a_key <= room and n <= widest]
     block, stages = fits[0] if fits else (16, 1)
     return Shape(rows, block, stages, min(4, 1 + room // (rows * value * 4)), warps, resident)
@@ -553,7 +554,8 @@ def decode_attention(
     check(q, length, {"k": k, "v": v}, {"key_scale": key_scale, "value_scale": value_scale}, start=start)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     q, length, start = side_by_side(q), length.contiguous(), None if start is None else start.contiguous()
-    return decode(q, k, v, length, start, scale, key_scale, value_scale, v.shape[3])
+    y: Tensor = decode(q, k, v, length, start, scale, key_scale, value_scale, v.shape[3])
+    return y
 
 
 def decode_latent_attention(
@@ -581,7 +583,8 @@ def decode_latent_attention(
         raise ValueError(f"value_width must be of 1 to {latent.shape[2]} channels; it is {value_width}")
     check(q, length, {"k": latent[:, None]}, {}, start=start)
     q, length, start = side_by_side(q), length.contiguous(), None if start is None else start.contiguous()
-    return decode(q, latent[:, None], None, length, start, scale, None, None, value_width)
+    y: Tensor = decode(q, latent[:, None], None, length, start, scale, None, None, value_width)
+    return y
 
 
 def side_by_side(q: Tensor) -> Tensor:

@@ -268,7 +268,7 @@ MUTANTS = {  # kernel: {name: what is replaced, by what}
         "the last key left out": ("there = j < end", "there = j < end - 1"),
         "read past the cache": ("end = tl.minimum(count, S)", "end = count"),
         "unwritten values read": ("mask=there[:, None] & (d < V), other=0)", "mask=d < V, other=0)"),
-        "sum not rescaled": ("total = total * keep + tl.sum(p, 1)", "total = total + tl.sum(p, 1)"),
+        "sum not rescaled": ("parts * keep[:, None] + p", "parts + p"),
         "accumulator not rescaled": ("acc *= keep[:, None]", "pass"),
         "accumulator not rescaled in the last program": ("acc * keep[:, None] +", "acc +"),
         "split not rescaled in the last program": (
