@@ -5,6 +5,7 @@ torch. With TRITON_INTERPRET=1 in the environment the kernels themselves run on 
 """
 
 from glm_kernels.attention import attention
+from glm_kernels.decode import decode_attention, decode_latent_attention
 from glm_kernels.norms import layer_norm, rms_norm
 
-__all__ = ["attention", "layer_norm", "rms_norm"]
+__all__ = ["attention", "decode_attention", "decode_latent_attention", "layer_norm", "rms_norm"]
