@@ -4,6 +4,8 @@ Every function computes the same everywhere: on a GPU with a Triton kernel, else
 torch. With TRITON_INTERPRET=1 in the environment the kernels themselves run on CPU tensors.
 """
 
+from glm_kernels.activations import geglu, gelu, swiglu
 from glm_kernels.norms import layer_norm, rms_norm
+from glm_kernels.rotary import rotary, rotary_append
 
-__all__ = ["layer_norm", "rms_norm"]
+__all__ = ["geglu", "gelu", "layer_norm", "rms_norm", "rotary", "rotary_append", "swiglu"]
