@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -15,10 +16,11 @@ import machine
 
 sys.path.insert(0, str(machine.ROOT / "kernels"))
 
-from glm_kernels import norms
 from glm_kernels.variants import TARGETS, Compiled, Variant, compile
 
-MODULES = (norms,)  # every file with kernels
+MODULES = [
+    import_module(f"glm_kernels.{name}") for name in ("activations", "norms", "rotary")
+]  # every file with kernels
 
 
 def everything() -> list[tuple[int, int, int]]:

@@ -9,8 +9,10 @@
 or for gelu its approximation a (1 + tanh u) / 2 = a σ(2u) with u = √(2/π) (a + 0.044715 a³). In half precision the
 activated half is rounded before the product, as plain torch rounds it. The gradients come from x alone:
 
-    da = dy b f'(a),    db = dy f(a)      with    silu' = σ (1 + a (1 - σ)),    gelu' = Φ + a φ,
-                                                  tanh form: σ(2u) (1 + a (1 - σ(2u)) 2u')
+    da = dy b f'(a),    db = dy f(a)      with    silu' = σ(a) + a σ(a) σ(-a),    gelu' = Φ(a) + a φ(a),
+                                                  in the tanh form σ(2u) + a σ(2u) σ(-2u) 2u'
+
+where σ(z) σ(-z) = t / (1 + t)² with t = exp(-|z|): 1 - σ(z) would be rounded to nothing where z is large.
 
 Bytes of N rows of F results at e bytes an element: a product reads 2 N F e and writes N F e, its backward pass reads
 3 N F e and writes 2 N F e; GELU 2 N F e and 3 N F e. Flops: about ten an element, and one exponential (erf: about
@@ -73,7 +75,7 @@ def slope_reference(a: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if kind == "gelu_tanh":
         z, dz = (math.sqrt(8 / math.pi) * v for v in (a + 0.044715 * a**3, 1 + 3 * 0.044715 * a * a))
     share = torch.sigmoid(z)
-    return a * share, share * (1 + a * (1 - share) * dz)
+    return a * share, share + a * share * torch.sigmoid(-z) * dz
 
 
 def backward_reference(dy: Tensor, x: Tensor, kind: str, part: int) -> Tensor:
@@ -134,17 +136,23 @@ def activation_gradient_kernel(  # type: ignore[no-untyped-def]
 
     value = tl.load(a + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(dy + row * dy_row + column, mask=inside, other=0.0).to(tl.float32)
-    share = share_of(value, kind)
+    if kind == "gelu":
+        share = share_of(value, kind)
+        slope = share + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)  # 1 / √(2π)
+    else:
+        z, dz = value, 1.0
+        if kind == "gelu_tanh":
+            square = value * value
+            z = 1.5957691216057308 * value * (1 + 0.044715 * square)  # √(8/π)
+            dz = 1.5957691216057308 * (1 + 0.134145 * square)
+        t = tl.exp(-tl.abs(z))
+        d = 1 / (1 + t)
+        share = tl.where(z < 0, t * d, d)
+        slope = share + value * dz * t * d * d
     if b is not None:
         other = tl.load(b + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(db + row * dx_row + column, (gradient * value * share).to(dtype), mask=inside)
         gradient *= other
-    if kind == "gelu":
-        slope = share + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)  # 1 / √(2π)
-    elif kind == "gelu_tanh":
-        slope = share * (1 + value * (1 - share) * 1.5957691216057308 * (1 + 0.134145 * value * value))
-    else:
-        slope = share * (1 + value * (1 - share))
     tl.store(da + row * dx_row + column, (gradient * slope).to(dtype), mask=inside)
 
 
