@@ -78,12 +78,12 @@ class Case(NamedTuple):
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    B, T, slots = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 9))
-    G = draw(st.integers(1, 5) | st.just(HEADS + 1))
+    B, T, slots = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    G = draw(st.sampled_from([1, 2, 5, HEADS + 1]))
     return Case(
         B,
         T,
-        draw(st.integers(1, 3) | st.sampled_from([HEADS - 1, HEADS, HEADS + 1])),
+        draw(st.sampled_from([1, 3, HEADS - 1, HEADS, HEADS + 1])),
         G,
         tuple(2 * half for half in draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))),
         draw(st.integers(0, 9)),
@@ -103,7 +103,7 @@ def check_turn(case: Case, dtype: torch.dtype, device: str, inverse: bool) -> No
     leaf, again = x.detach().requires_grad_(), x.double().requires_grad_()
     plain = rotary_reference(leaf, cos, sin, **how)
     if dispatch.takes_kernel(x):  # first, since a broken kernel does no harm between guards
-        out = Guarded(tuple(x.shape), x)
+        out = Guarded(tuple(x.shape), x, margin=4)  # its strides are not those of x
         launch(x, cos, sin, out.out, case.widths, case.pairing, inverse)
         assert torch.equal(out.written(), plain)
     y = rotary(leaf, cos, sin, **how)
@@ -161,7 +161,7 @@ def check_append(case: Case, dtype: torch.dtype, device: str, int8: bool, positi
 @pytest.mark.parametrize("inverse", [False, True], ids=["", "inverse"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotary(dtype: torch.dtype, inverse: bool, device: str) -> None:
-    @settings(max_examples=20, deadline=None, derandomize=True)
+    @settings(max_examples=8, deadline=None, derandomize=True)
     @given(cases())
     def drawn(case: Case) -> None:
         check_turn(case, dtype, device, inverse)
@@ -173,7 +173,7 @@ def test_rotary(dtype: torch.dtype, inverse: bool, device: str) -> None:
 @pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotary_append(dtype: torch.dtype, int8: bool, device: str) -> None:
-    @settings(max_examples=20, deadline=None, derandomize=True)
+    @settings(max_examples=8, deadline=None, derandomize=True)
     @given(cases())
     def drawn(case: Case) -> None:
         check_append(case, dtype, device, int8)
