@@ -341,7 +341,7 @@ def norm_backward(
         return [dx, *(total.zero_() for total in sums)]
     dw, db = [*sums, None, None][:2]
     flat, ds = rows(s), None if ds is None else rows(ds)
-    programs = programs_for(*flat.shape, s.device)
+    programs = programs_for(flat.shape[0], flat.shape[1], s.device)
     launch_backward(rows(dy), ds, flat, weight, rows(dx), dw, db, eps, centred, programs)
     return [dx, *sums]
 

@@ -162,7 +162,7 @@ def check_append(case: Case, dtype: torch.dtype, device: str, int8: bool, positi
 @pytest.mark.parametrize("inverse", [False, True], ids=["", "inverse"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotary(dtype: torch.dtype, inverse: bool, device: str) -> None:
-    @settings(max_examples=8, deadline=None, derandomize=True)
+    @settings(max_examples=5, deadline=None, derandomize=True)
     @given(cases())
     def drawn(case: Case) -> None:
         check_turn(case, dtype, device, inverse)
@@ -174,7 +174,7 @@ def test_rotary(dtype: torch.dtype, inverse: bool, device: str) -> None:
 @pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotary_append(dtype: torch.dtype, int8: bool, device: str) -> None:
-    @settings(max_examples=8, deadline=None, derandomize=True)
+    @settings(max_examples=5, deadline=None, derandomize=True)
     @given(cases())
     def drawn(case: Case) -> None:
         check_append(case, dtype, device, int8)
