@@ -20,7 +20,7 @@ sys.path.insert(0, str(machine.ROOT / "kernels"))
 
 from glm_kernels.variants import TARGETS, Compiled, Variant, compile
 
-NAMES = ("attention", "decode", "norms")  # every file with kernels
+NAMES = ("activations", "attention", "decode", "norms", "rotary")  # every file with kernels
 MODULES = [import_module(f"glm_kernels.{name}") for name in NAMES]
 PATH = machine.RESULTS / "resources.json"
 

@@ -4,8 +4,21 @@ Every function computes the same everywhere: on a GPU with a Triton kernel, else
 torch. With TRITON_INTERPRET=1 in the environment the kernels themselves run on CPU tensors.
 """
 
+from glm_kernels.activations import geglu, gelu, swiglu
 from glm_kernels.attention import attention
 from glm_kernels.decode import decode_attention, decode_latent_attention
 from glm_kernels.norms import layer_norm, rms_norm
+from glm_kernels.rotary import rotary, rotary_append
 
-__all__ = ["attention", "decode_attention", "decode_latent_attention", "layer_norm", "rms_norm"]
+__all__ = [
+    "attention",
+    "decode_attention",
+    "decode_latent_attention",
+    "geglu",
+    "gelu",
+    "layer_norm",
+    "rms_norm",
+    "rotary",
+    "rotary_append",
+    "swiglu",
+]

@@ -69,6 +69,11 @@ class Guarded:
             assert not result.isnan().any(), "not all was written, or what is outside was read"
         else:
             assert result.isfinite().all(), "not all was written, or what is outside was read"
+        return self.partly_written()
+
+    def partly_written(self) -> Tensor:
+        """What stands in `out`, poison too, when nothing around it was written."""
+        result = self.out.clone()
         self.out.fill_(self.guard)
         assert (self.buffer == self.guard).all(), "written outside"
         self.out.copy_(result)
