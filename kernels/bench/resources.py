@@ -9,13 +9,13 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-import machine
-
-sys.path.insert(0, str(machine.ROOT / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from glm_kernels import norms
+from glm_kernels.bench import machine
 from glm_kernels.variants import TARGETS, Compiled, Variant, compile
 
 MODULES = (norms,)  # every file with kernels
