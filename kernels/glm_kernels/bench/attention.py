@@ -347,8 +347,9 @@ def forward_rows(case: AttentionCase, inputs: Inputs) -> Expected:
         return (probabilities(q, k, visible).to(dtype) @ v).flatten(1, 2)
 
     def pick(output: Any) -> Tensor:
-        out: Tensor = (output[0] if isinstance(output, tuple) else output)[sequences][:, :, rows]
-        return out
+        out: Tensor = output[0] if isinstance(output, tuple) else output
+        some: Tensor = out[sequences]
+        return some[:, :, rows]
 
     return Expected("o", pick, attend(case.torch_dtype), attend(torch.float64))
 

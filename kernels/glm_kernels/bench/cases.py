@@ -12,7 +12,7 @@ class Model:
     hidden, inner      width of the residual stream D, and of the feed-forward layer F (the dense one)
     norm               "layer", or "rms" with the weight applied "before" or "after" the cast
     activation         of the feed-forward layer
-    rotary             "pairs" or "halves", and how many of the K channels turn on each position axis
+    rotary             "interleaved" or "halves", and how many of the K channels turn on each position axis
     latent             width of the cached latent and of its values, where there is one
     """
 
@@ -30,30 +30,25 @@ class Model:
     latent: tuple[int, int] | None = None
 
 
+# fmt: off
 GLM_10B = Model(
-    "GLM-10B", "float16", 64, 64, 64, 64, 4096, 16384, "layer", "gelu erf", ("none", ())
-)  # fmt: skip
+    "GLM-10B", "float16", 64, 64, 64, 64, 4096, 16384, "layer", "gelu erf", ("", ()))
 GLM_130B = Model(
-    "GLM-130B", "float16", 96, 96, 128, 128, 12288, 32768, "layer", "geglu erf", ("halves", (128,))
-)  # fmt: skip
+    "GLM-130B", "float16", 96, 96, 128, 128, 12288, 32768, "layer", "geglu erf", ("halves", (128,)))
 CHATGLM_6B = Model(
-    "ChatGLM-6B", "float16", 32, 32, 128, 128, 4096, 16384, "layer", "gelu tanh", ("halves", (64, 64))
-)  # fmt: skip
+    "ChatGLM-6B", "float16", 32, 32, 128, 128, 4096, 16384, "layer", "gelu tanh", ("halves", (64, 64)))
 CHATGLM3_6B = Model(
-    "ChatGLM3-6B", "float16", 32, 2, 128, 128, 4096, 13696, "rms before", "swiglu", ("pairs", (64,))
-)  # fmt: skip
+    "ChatGLM3-6B", "float16", 32, 2, 128, 128, 4096, 13696, "rms before", "swiglu", ("interleaved", (64,)))
 GLM_4_9B = Model(
-    "GLM-4-9B", "bfloat16", 32, 2, 128, 128, 4096, 13696, "rms before", "swiglu", ("pairs", (64,))
-)  # fmt: skip
+    "GLM-4-9B", "bfloat16", 32, 2, 128, 128, 4096, 13696, "rms before", "swiglu", ("interleaved", (64,)))
 GLM_4_32B = Model(
-    "GLM-4-32B", "bfloat16", 48, 2, 128, 128, 6144, 23040, "rms after", "swiglu", ("pairs", (64,))
-)  # fmt: skip
+    "GLM-4-32B", "bfloat16", 48, 2, 128, 128, 6144, 23040, "rms after", "swiglu", ("interleaved", (64,)))
 GLM_4_5_AIR = Model(
-    "GLM-4.5-Air", "bfloat16", 96, 8, 128, 128, 4096, 10944, "rms after", "swiglu", ("halves", (64,))
-)  # fmt: skip
+    "GLM-4.5-Air", "bfloat16", 96, 8, 128, 128, 4096, 10944, "rms after", "swiglu", ("halves", (64,)))
 GLM_4_7_FLASH = Model(
-    "GLM-4.7-Flash", "bfloat16", 20, 20, 256, 256, 2048, 10240, "rms after", "swiglu", ("pairs", (64,)), (576, 512)
-)  # fmt: skip
+    "GLM-4.7-Flash", "bfloat16", 20, 20, 256, 256, 2048, 10240, "rms after", "swiglu", ("interleaved", (64,)),
+    latent=(576, 512))
+# fmt: on
 
 NAMED = (CHATGLM_6B, CHATGLM3_6B, GLM_4_9B, GLM_4_32B, GLM_4_5_AIR, GLM_4_7_FLASH)
 MODELS = {model.name: model for model in (GLM_10B, GLM_130B, *NAMED)}

@@ -14,14 +14,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from glm_kernels.bench import activations, attention, decode, goals, machine, norms, plots, report
+from glm_kernels.bench import activations, attention, decode, goals, machine, norms, plots, report, rotary
 from glm_kernels.bench.results import Results, Row, of_device, read_all
 from glm_kernels.bench.run import Bench, Budget, Ending, plan, run
 from glm_kernels.bench.subject import Subject
 from glm_kernels.bench.timing import GraphTimer
 
 SUBJECTS: dict[str, Subject[Any]] = {
-    module.SUBJECT.name: module.SUBJECT for module in (attention, decode, norms, activations)
+    module.SUBJECT.name: module.SUBJECT for module in (attention, decode, norms, rotary, activations)
 }
 ALL = "all"
 

@@ -104,7 +104,7 @@ def make_inputs(case: DecodeCase, device: torch.device, seed: int) -> Inputs:
         inputs["latent"] = draw(case.batch, case.keys, case.key)
     elif case.cache == "int8":
         inputs |= {"k": draw_int8(*kept, case.key), "v": draw_int8(*kept, case.value)}
-        inputs |= {name: (1 + draw(*kept).abs()) / 127 for name in ("key_scale", "value_scale")}
+        inputs |= {name: (1 + draw(*kept).float().abs()) / 127 for name in ("key_scale", "value_scale")}
     else:
         inputs |= {"k": draw(*kept, case.key), "v": draw(*kept, case.value)}
     return inputs | {"length": seen(case).given["length"].to(device, torch.int32)}
@@ -115,7 +115,7 @@ def token_bytes(case: DecodeCase) -> int:
     size = case.torch_dtype.itemsize
     if case.cache == "latent":
         return case.key * size
-    return case.key + case.value + 2 * size if case.cache == "int8" else (case.key + case.value) * size
+    return case.key + case.value + 2 * 4 if case.cache == "int8" else (case.key + case.value) * size
 
 
 def work(case: DecodeCase) -> Work:

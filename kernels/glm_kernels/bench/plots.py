@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glm_kernels.bench.goals import goals_of
+from glm_kernels.bench.goals import GOALS, Goal, goals_of
 from glm_kernels.bench.peers import OURS
 from glm_kernels.bench.report import roof
 from glm_kernels.bench.results import Results, Row
@@ -17,6 +17,7 @@ COLOURS = {
     "flex_attention": "#009e73", "flashinfer": "#e69f00", "torch": "#999999", "torch.compile": "#0072b2",
     "liger": "#009e73", "reference": "#cccccc",
 }  # fmt: skip
+LINES = ":", "--", "-.", (0, (1, 4))  # of goals
 OTHERS = "#7b5ea7", "#8c564b", "#17becf", "#bcbd22"
 
 
@@ -40,8 +41,7 @@ def panels_of(rows: Sequence[Row], results: Results) -> dict[str, list[Row]]:
     for row in sorted(rows, key=lambda row: row["axis"][1]):
         if any(roof(row, results, side) for side in row.get("sides", {})):
             groups.setdefault(row["label"], []).append(row)
-    chosen = sorted(groups, key=lambda label: -len(groups[label]))[:MOST]
-    return {label: groups[label] for label in sorted(chosen)}
+    return {label: groups[label] for label in sorted(groups, key=lambda label: (-len(groups[label]), label))[:MOST]}
 
 
 def picture(subject: str, panels: dict[str, list[Row]], results: Results, path: Path) -> Path:
@@ -86,8 +86,9 @@ def panel(place: Any, label: str, rows: Sequence[Row], results: Results) -> dict
                 f"{y:.0f}", (x, y), xytext=(0, 5 if ours else -9), textcoords="offset points", ha="center",
                 color=colour, fontsize=8 if ours else 6, fontweight="bold" if ours else None,
             )  # fmt: skip
-    for name, points in goal_lines(rows, results).items():
-        (handles[name],) = place.plot(*zip(*points, strict=True), ":", marker="_", ms=9, color="black", lw=1)
+    for goal, points in goal_lines(rows, results).items():
+        style = LINES[GOALS.index(goal) % len(LINES)]
+        (handles[line_name(goal)],) = place.plot(*zip(*points, strict=True), ls=style, marker="_", color="black", lw=1)
     place.set_xscale("log", base=2)
     sizes = sorted({row["axis"][1] for row in rows})
     place.set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 else str(size) for size in sizes], fontsize=7)
@@ -101,15 +102,19 @@ def panel(place: Any, label: str, rows: Sequence[Row], results: Results) -> dict
     return handles
 
 
-def goal_lines(rows: Sequence[Row], results: Results) -> dict[str, list[tuple[int, float]]]:
+def line_name(goal: Goal) -> str:
+    """As "goal: ≥ 1.00× SDPA cuDNN"."""
+    return f"goal: {goal.sign} {goal.written(goal.goal)} {goal.against if len(goal.against) > 1 else ''}".strip()
+
+
+def goal_lines(rows: Sequence[Row], results: Results) -> dict[Goal, list[tuple[int, float]]]:
     """Percent of the roof at which each goal would be reached."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    found: dict[Goal, list[tuple[int, float]]] = {}
     for row in rows:
         roofs = results.run_of(row)["roofs"]
         floor, _ = Work(row["bytes"], row["flops"]).floor(roofs["read"], roofs["multiply"])
         for goal in goals_of(row):
             needed = goal.needs(row, results, goal.goal)
             if needed is not None:
-                name = f"goal: {goal.sign} {goal.written(goal.goal)} {goal.against if len(goal.against) > 1 else ''}"
-                found.setdefault(name.strip(), []).append((row["axis"][1], 100 * floor / needed))
+                found.setdefault(goal, []).append((row["axis"][1], 100 * floor / needed))
     return found

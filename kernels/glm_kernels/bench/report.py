@@ -221,7 +221,8 @@ def figure(row: Row, results: Results) -> list[str]:
     mine = row["sides"].get(OURS, {"missing": "not measured"})
     found = roof(row, results)
     if found is None:
-        return [why(mine), "–", "–"]
+        failed = "refused" in mine
+        return [f"**no figure, its check failed**: {mine['refused']}" if failed else why(mine), "–", "–"]
     part, bound = found
     rate = (
         f"{row['bytes'] / mine['seconds'] / 1e12:.2f} TB/s"
@@ -235,9 +236,7 @@ def figure(row: Row, results: Results) -> list[str]:
 
 def why(side: Mapping[str, Any]) -> str:
     """Why a side has no figure."""
-    if "refused" in side:
-        return f"**no figure, its check failed**: {side['refused']}"
-    return next((f"{word}: {side[word]}" for word in ("failed", "missing") if word in side), "–")
+    return next((f"{word}: {side[word]}" for word in ("refused", "failed", "missing") if word in side), "–")
 
 
 def against(row: Row, name: str) -> str:

@@ -18,6 +18,7 @@ from glm_kernels.dispatch import jit, takes_kernel, tl
 
 GIGABYTES = 4
 SIDE = 8192
+DEEP = 4  # loads that a program has under way
 SHAPES = tuple((block, warps, each) for block, warps in ((2048, 4), (4096, 8), (8192, 8)) for each in (2, 4, 8))
 
 
@@ -45,7 +46,7 @@ def read_stream(x: Tensor, sums: Tensor, block: int, warps: int) -> Tensor:
     """The sum of x [n] in float32, in as many parts as `sums` has, each by one program."""
     programs = len(sums)
     with torch.cuda.device_of(x):
-        read_kernel[(programs,)](x, sums, x.numel(), programs * block, block, 4, num_warps=warps)
+        read_kernel[(programs,)](x, sums, x.numel(), programs * block, block, DEEP, num_warps=warps)
     return sums
 
 

@@ -43,8 +43,8 @@ class Bench:
 
     def tidy(self) -> None:
         """Give memory back."""
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
 

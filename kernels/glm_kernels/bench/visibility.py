@@ -78,7 +78,6 @@ def visibility(batch: int, queries: int, keys: int, **given: Tensor) -> Visibili
         return value[:, None] if value.ndim == 1 else value
 
     position = torch.arange(queries)[None].expand(batch, queries) + keys - queries
-    return Visibility(
-        bound("prefix", 0), bound("start", 0), bound("length", keys).clamp(max=keys), bound("segment", 0),
-        position, keys, given,
-    )  # fmt: skip
+    start, segment = bound("start", 0).clamp(min=0), bound("segment", 0).clamp(min=0)
+    length = bound("length", keys).clamp(max=keys)
+    return Visibility(bound("prefix", 0), start, length, segment, position, keys, given)
