@@ -344,7 +344,8 @@ def forward_rows(case: AttentionCase, inputs: Inputs) -> Expected:
     def attend(dtype: torch.dtype) -> Tensor:
         q = inputs["q"][sequences][:, :, rows].to(dtype).unflatten(1, shared)
         k, v = (inputs[name][sequences].to(dtype)[:, :, None] for name in "kv")
-        return (probabilities(q, k, visible).to(dtype) @ v).flatten(1, 2)
+        out: Tensor = probabilities(q, k, visible).to(dtype) @ v
+        return out.flatten(1, 2)
 
     def pick(output: Any) -> Tensor:
         out: Tensor = output[0] if isinstance(output, tuple) else output
