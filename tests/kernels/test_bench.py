@@ -41,7 +41,7 @@ from glm_kernels.bench.decode import DecodeCase
 from glm_kernels.bench.peers import OURS, find
 from glm_kernels.bench.results import Results, key, of_device, read
 from glm_kernels.bench.run import Bench, Budget, DeviceLostError, measure, plan, run
-from glm_kernels.bench.subject import Call, Case, Expected, MissingError, Side, Subject, Work, nbytes
+from glm_kernels.bench.subject import Call, Case, Expected, MissingError, Side, Subject, Work, nbytes, sample
 from glm_kernels.bench.timing import GraphTimer, Timing, WallClock, copies, timing
 from glm_kernels.bench.visibility import visibility
 
@@ -513,6 +513,44 @@ def test_a_wrong_kernel_of_ours_has_no_figure_anywhere(tmp_path: Path) -> None:
 
 
 @directly
+def test_a_kernel_that_is_right_only_once_gets_no_figure(tmp_path: Path) -> None:
+    """As one would be whose counter is not set back."""
+    counter = itertools.count()
+    Faults.ours = staticmethod(lambda x, y: x + y if next(counter) % 50 == 0 else x - y)
+    row = measure(SUMS, SUMS.cases()[0], bench())
+    assert row["sides"][OURS]["refused"].startswith("after it was timed, s: error")
+    assert row["sides"]["right"]["seconds"] > 0
+
+
+@directly
+def test_a_case_that_fails_does_not_cost_the_others(tmp_path: Path) -> None:
+    def fail(case: SumCase) -> None:
+        if case.size == 16:
+            raise RuntimeError("no kernel image is available")
+
+    Faults.before = staticmethod(fail)
+    known = results()
+    assert ran(tmp_path, known).measured == 4
+    assert [row.get("skipped") for row in known.rows] == [
+        None,
+        "RuntimeError: no kernel image is available",
+        None,
+        None,
+    ]
+
+
+@directly
+def test_sampled_rows_are_at_every_place_of_a_tile() -> None:
+    for count, most in ((1, 16), (5, 16), (300, 16), (32768, 128)):
+        rows = sample(count, most)
+        assert {0, count - 1} <= set(rows.tolist())
+        assert len(rows) <= max(4, most)
+        assert rows.max() < count
+    assert len(set((rows % 128).tolist())) > 60
+    assert torch.equal(sample(5, 16), torch.arange(5))
+
+
+@directly
 def test_rows_are_kept_replaced_and_resumed(tmp_path: Path) -> None:
     known = results()
     ran(tmp_path, known)
@@ -620,6 +658,8 @@ def test_copies_outgrow_the_cache_and_fit_the_memory() -> None:
     assert copies(1e6, l2, 50e9) * 1e6 >= 2 * l2
     assert copies(1e3, l2, 50e9) == 512
     assert copies(1e9, l2, 50e9) == 2
+    assert copies(1.9e9, l2, 50e9) == 2
+    assert copies(2.1e9, l2, 50e9) == 1, "it pushes itself out"
     assert copies(40e9, l2, 50e9) == 1
 
 
@@ -639,6 +679,35 @@ def test_sides_take_turns_over_all_copies() -> None:
     assert found["a"].copies == 2
     slow = WallClock(1)({"sleep": [lambda: time.sleep(0.01)] * 2})["sleep"]
     assert 0.01 <= slow.seconds < 0.1
+
+
+@directly
+def test_rounds_on_a_gpu_take_turns_and_are_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timer of the GPU, with graphs that only say how long they take: 3 copies of 10 µs, and 2 of 0.3 s."""
+    from glm_kernels.bench import timing as module
+
+    durations, order = {"short": 30e-6, "long": 0.6}, []
+
+    def captured(calls: Sequence[Call]) -> module.Captured:
+        return module.Captured(calls, graph=calls[0](), kept=[call() for call in calls])
+
+    def elapsed(graph: module.Captured, repeats: int) -> float:
+        order.append((graph.graph, repeats))
+        return durations[graph.graph] * repeats
+
+    monkeypatch.setattr(module, "captured", captured)
+    monkeypatch.setattr(module, "elapsed", elapsed)
+    monkeypatch.setattr(module, "warm", lambda graph: None)
+    monkeypatch.setattr(GraphTimer, "look", lambda self, graph: self.clocks.append({"clocks.sm": 1980.0}))
+    timer = GraphTimer(rounds=(25, 7), seconds=1.0, least=1e-3)
+    found = timer({"short": [lambda: "short"] * 3, "long": [lambda: "long"] * 2})
+    assert found["short"].seconds == pytest.approx(10e-6)
+    assert found["long"].seconds == pytest.approx(0.3)
+    assert (found["short"].rounds, found["long"].rounds) == (25, 7)
+    assert (found["short"].copies, found["long"].copies) == (3, 2)
+    assert order[2:6] == [("short", 34), ("long", 1)] * 2, "in turn, and a millisecond or more at a time"
+    assert timer.outputs == {"short": "short", "long": "long"}
+    assert timer.clocks == [{"clocks.sm": 1980.0}]
 
 
 @pytest.mark.gpu
@@ -922,6 +991,7 @@ def test_the_command_measures_publishes_and_resumes(
     """The whole of it, with the CPU in place of the GPU."""
     facts = results().device | {"driver": "1.2", "cuda": "13.0"}
     monkeypatch.setattr(command, "gpu", lambda: CPU)
+    monkeypatch.setattr(command, "free_memory", lambda device: 1e9)
     monkeypatch.setattr(command.machine, "gpu", lambda device: facts)
     monkeypatch.setattr(command, "GraphTimer", lambda *_: WallClock(1))
     monkeypatch.setattr(command, "SUBJECTS", {"sums": SUMS})

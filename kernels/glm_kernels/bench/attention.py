@@ -8,7 +8,7 @@ values once forward; backward those again with do, and dq, dk, dv.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from glm_kernels.bench import cases as published
 from glm_kernels.bench.peers import OURS, compiled, find, on_gpu
-from glm_kernels.bench.subject import Call, Case, Expected, Inputs, MissingError, Side, Subject, Work, generator
+from glm_kernels.bench.subject import Call, Case, Expected, Inputs, MissingError, Side, Subject, Work, generator, sample
 from glm_kernels.bench.visibility import Visibility, visibility
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -87,7 +87,7 @@ def all_cases() -> list[AttentionCase]:
 # ----------------------------------------------------------------------------- the masks
 
 
-@cache
+@lru_cache(maxsize=16)
 def seen(case: AttentionCase) -> Visibility:
     """The bounds of a mask, different in every sequence of the batch."""
     batch, queries, keys = case.batch, case.queries, case.keys
@@ -192,11 +192,19 @@ def reference(case: AttentionCase, inputs: Inputs) -> Call:
 
 
 def dense_mask(case: AttentionCase, device: torch.device) -> Tensor:
-    """[B, 1, T, S], while it can be had."""
+    """[B, 1, T, S], 0 where visible and -∞ elsewhere, while it can be had."""
     if case.batch * case.queries * case.keys > DENSE:
         raise MissingError(f"a dense mask would have {case.batch * case.queries * case.keys:.1e} elements")
-    rows = [seen(case).dense(slice(b, b + 1)).to(device) for b in range(case.batch)]
-    return torch.cat(rows)[:, None]
+    return added_mask(case, device)
+
+
+@lru_cache(maxsize=1)
+def added_mask(case: AttentionCase, device: torch.device) -> Tensor:
+    """[B, 1, T, S] of 0 and -∞, to be added to scores, which torch would otherwise make of a bool mask at each call."""
+    mask = torch.full((case.batch, 1, case.queries, case.keys), -math.inf, device=device, dtype=case.torch_dtype)
+    for b in range(case.batch):
+        mask[b].masked_fill_(seen(case).dense([b], device=device), 0.0)
+    return mask
 
 
 def sdpa(case: AttentionCase, inputs: Inputs, backend: SDPBackend) -> Call:
@@ -251,7 +259,7 @@ def flex(case: AttentionCase, inputs: Inputs, tuned: bool) -> Call:
     return call(inputs, attend)
 
 
-@cache
+@lru_cache(maxsize=1)
 def mask_of_blocks(case: AttentionCase, device: torch.device, create: Callable[..., Any]) -> Any:
     """The block mask of a case, shared by all copies of its inputs."""
     view, shape = seen(case), (case.batch, case.queries)
@@ -281,20 +289,26 @@ def flashinfer(case: AttentionCase, inputs: Inputs) -> Call:
     wrapper = find("flashinfer", "BatchPrefillWithRaggedKVCacheWrapper")
     if case.backward:
         raise MissingError("has no backward pass")
-    device = inputs["q"].device
     on_gpu(inputs["q"], "flashinfer")
+    planned = planned_prefill(case, inputs["q"].device, wrapper)
     q, k, v = (inputs[name].transpose(1, 2).flatten(0, 1).contiguous() for name in "qkv")
+    shape = case.batch, case.queries, case.heads, case.value
+    return lambda: planned.run(q, k, v).view(shape).transpose(1, 2)
+
+
+@lru_cache(maxsize=1)
+def planned_prefill(case: AttentionCase, device: torch.device, wrapper: Any) -> Any:
+    """The plan of a case, shared by all copies of its inputs."""
     queries, keys = (
         torch.arange(case.batch + 1, dtype=torch.int32, device=device) * count for count in (case.queries, case.keys)
     )
-    mask = None if case.mask in ("causal", "chunk") else dense_mask(case, device).flatten()
+    mask = None if case.mask in ("causal", "chunk") else (dense_mask(case, device) == 0).flatten()
     planned = wrapper(torch.empty(WORKSPACE, dtype=torch.uint8, device=device), "NHD")
     planned.plan(
         queries, keys, case.heads, case.groups, case.key, head_dim_vo=case.value, custom_mask=mask,
         causal=mask is None, q_data_type=case.torch_dtype, kv_data_type=case.torch_dtype,
     )  # fmt: skip
-    shape = case.batch, case.queries, case.heads, case.value
-    return lambda: planned.run(q, k, v).view(shape).transpose(1, 2)
+    return planned
 
 
 BACKENDS = {
@@ -325,27 +339,33 @@ def probabilities(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
     return scores.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num(0.0)  # who sees nothing gets nothing
 
 
+def attended(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """[B, H, T, K], [B, G, S, K], [B, G, S, Kv], [B, T, S] -> [B, H, T, Kv], without a copy of keys for every head."""
+    together = k.shape[1], q.shape[1] // k.shape[1] * q.shape[2]
+    mask = visible.repeat(1, q.shape[1] // k.shape[1], 1)[:, None]
+    out = probabilities(q.reshape(len(q), *together, q.shape[3]), k, mask).to(q.dtype) @ v
+    return out.view(*q.shape[:3], v.shape[3])
+
+
 def rows_checked(case: AttentionCase, most: int = 2**27) -> tuple[list[int], Tensor]:
-    """Sequences, and queries of them that see something: as many as `most` scores allow, edges first."""
-    sequences = sorted({0, case.batch // 2, case.batch - 1})
+    """Sequences, and queries of them that see something: as many as `most` scores allow."""
+    sequences = sorted({0, case.batch - 1})
     live = (seen(case).counts()[sequences] > 0).all(0).nonzero().flatten()
     count = max(16, most // (len(sequences) * case.heads * case.keys))
-    return sequences, live[torch.linspace(0, len(live) - 1, min(count, len(live))).long().unique()]
+    return sequences, live[sample(len(live), count)]
 
 
 def forward_rows(case: AttentionCase, inputs: Inputs) -> Expected:
     """Some rows of the output, in all heads."""
     sequences, rows = rows_checked(case)
     device = inputs["q"].device
-    visible = torch.cat([seen(case).dense(slice(b, b + 1), rows) for b in sequences])[:, None, None].to(device)
+    visible = seen(case).dense(sequences, rows, device)
     rows = rows.to(device)
-    shared = case.groups, case.heads // case.groups
 
     def attend(dtype: torch.dtype) -> Tensor:
-        q = inputs["q"][sequences][:, :, rows].to(dtype).unflatten(1, shared)
-        k, v = (inputs[name][sequences].to(dtype)[:, :, None] for name in "kv")
-        out: Tensor = probabilities(q, k, visible).to(dtype) @ v
-        return out.flatten(1, 2)
+        q = inputs["q"][sequences][:, :, rows].to(dtype)
+        k, v = (inputs[name][sequences].to(dtype) for name in "kv")
+        return attended(q, k, v, visible)
 
     def pick(output: Any) -> Tensor:
         out: Tensor = output[0] if isinstance(output, tuple) else output
@@ -368,7 +388,7 @@ def gradients(case: AttentionCase, inputs: Inputs, dtype: torch.dtype, b: int, g
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     scale = 1 / math.sqrt(case.key)
     for rows in torch.arange(case.queries).split(512):
-        visible = seen(case).dense(slice(b, b + 1), rows)[0].to(q.device)
+        visible = seen(case).dense([b], rows, q.device)[0]
         for h in range(len(q)):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             p = probabilities(q[h, part], k, visible)

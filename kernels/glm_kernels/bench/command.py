@@ -91,7 +91,7 @@ def bench(
         errors.print("nothing to measure: no case has such a name, or all were measured at this commit")
         return publish(out, document, None)
     timer = GraphTimer((9, 5), 0.3) if quick else GraphTimer()
-    where = Bench(device, timer, facts["memory"], facts["l2"])
+    where = Bench(device, timer, free_memory(device), facts["l2"])
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=errors
@@ -123,6 +123,11 @@ def gpu() -> torch.device:
     if triton is None or INTERPRETED:
         raise UnusableError("no kernels: install triton, and leave TRITON_INTERPRET unset")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that nobody uses now."""
+    return float(torch.cuda.mem_get_info(device)[0])
 
 
 def name_of(subject: Subject[Any], case: Any) -> str:

@@ -8,7 +8,7 @@ context, except in the ragged cases, whose sequences are of different lengths.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from glm_kernels.bench import cases as published
-from glm_kernels.bench.attention import BACKENDS, WORKSPACE, probabilities, repeated
+from glm_kernels.bench.attention import BACKENDS, WORKSPACE, attended, repeated
 from glm_kernels.bench.peers import OURS, find, on_gpu
 from glm_kernels.bench.subject import Call, Case, Expected, Inputs, MissingError, Side, Subject, Work, generator
 from glm_kernels.bench.visibility import Visibility, visibility
@@ -77,7 +77,7 @@ def all_cases() -> list[DecodeCase]:
     return list(dict.fromkeys(everything()))
 
 
-@cache
+@lru_cache(maxsize=16)
 def seen(case: DecodeCase) -> Visibility:
     """Every query sees what stands before it: query i is at length - T + i."""
     lengths = torch.full((case.batch,), case.keys)
@@ -173,7 +173,7 @@ def sdpa(case: DecodeCase, inputs: Inputs, backend: SDPBackend) -> Call:
     if case.ragged or case.queries > 1:
         if backend == SDPBackend.FLASH_ATTENTION:
             raise MissingError("takes causal masks only")
-        mask = seen(case).dense()[:, None].to(k.device)
+        mask = seen(case).dense(device=k.device)[:, None]
     shares = backend != SDPBackend.EFFICIENT_ATTENTION
     times = case.heads // case.groups
     if not shares:
@@ -201,12 +201,8 @@ def pages(case: DecodeCase, device: torch.device) -> tuple[Tensor, Tensor, Tenso
 def flashinfer(case: DecodeCase, inputs: Inputs) -> Call:
     """Its paged decode, on tensor cores where heads share keys, or its latent attention; planned beforehand."""
     latent = case.cache == "latent"
-    module, name = (
-        ("flashinfer.mla", "BatchMLAPagedAttentionWrapper")
-        if latent
-        else ("flashinfer", "BatchDecodeWithPagedKVCacheWrapper")
-    )
-    wrapper = find(module, name)
+    place = "flashinfer.mla" if latent else "flashinfer"
+    wrapper = find(place, "BatchMLAPagedAttentionWrapper" if latent else "BatchDecodeWithPagedKVCacheWrapper")
     q = inputs["q"]
     on_gpu(q, "flashinfer")
     if case.queries > 1:
@@ -215,26 +211,36 @@ def flashinfer(case: DecodeCase, inputs: Inputs) -> Call:
         raise MissingError("cannot read an int8 cache")
     if case.keys % PAGE:
         raise MissingError(f"the context is not a multiple of its page of {PAGE}")
-    first, numbers, last = pages(case, q.device)
-    workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=q.device)
+    planned = planned_decode(case, q.device, wrapper)
     rows, shape = q[:, :, 0].contiguous(), (case.batch, case.heads, 1, case.value)
     if latent:
-        planned = wrapper(workspace)
-        starts = torch.arange(case.batch + 1, device=q.device, dtype=torch.int32)
-        planned.plan(
-            starts, first, numbers, inputs["length"], case.heads, case.value, case.key - case.value, PAGE, False,
-            1 / math.sqrt(case.key), q.dtype, q.dtype,
-        )  # fmt: skip
-        paged_latent = inputs["latent"].view(-1, PAGE, case.key)
-        parts = [x.split([case.value, case.key - case.value], -1) for x in (rows, paged_latent)]
+        parts = [
+            x.split([case.value, case.key - case.value], -1) for x in (rows, inputs["latent"].view(-1, PAGE, case.key))
+        ]
         (q_content, q_turned), (content, turned) = ([half.contiguous() for half in part] for part in parts)
         return lambda: planned.run(q_content, q_turned, content, turned).view(shape)
-    planned = wrapper(workspace, "NHD", use_tensor_cores=case.heads // case.groups >= 4)
-    planned.plan(
-        first, numbers, last, case.heads, case.groups, case.key, PAGE, q_data_type=q.dtype, kv_data_type=q.dtype
-    )
     paged = tuple(inputs[name].transpose(1, 2).contiguous().view(-1, PAGE, case.groups, case.key) for name in "kv")
     return lambda: planned.run(rows, paged).view(shape)
+
+
+@lru_cache(maxsize=1)
+def planned_decode(case: DecodeCase, device: torch.device, wrapper: Any) -> Any:
+    """The plan of a case, shared by all copies of its inputs."""
+    first, numbers, last = pages(case, device)
+    workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
+    dtype = case.torch_dtype
+    if case.cache == "latent":
+        planned = wrapper(workspace)
+        starts = torch.arange(case.batch + 1, device=device, dtype=torch.int32)
+        lengths = seen(case).given["length"].to(device, torch.int32)
+        planned.plan(
+            starts, first, numbers, lengths, case.heads, case.value, case.key - case.value, PAGE, False,
+            1 / math.sqrt(case.key), dtype, dtype,
+        )  # fmt: skip
+        return planned
+    planned = wrapper(workspace, "NHD", use_tensor_cores=case.heads // case.groups >= 4)
+    planned.plan(first, numbers, last, case.heads, case.groups, case.key, PAGE, q_data_type=dtype, kv_data_type=dtype)
+    return planned
 
 
 def sides(case: DecodeCase) -> list[Side]:
@@ -251,14 +257,12 @@ def sides(case: DecodeCase) -> list[Side]:
 
 def expected(case: DecodeCase, inputs: Inputs) -> list[Expected]:
     """The output of some sequences, in all heads."""
-    sequences = sorted({0, case.batch // 2, case.batch - 1})
-    visible = seen(case).dense()[sequences][:, None, None].to(inputs["q"].device)
+    sequences = sorted({0, case.batch - 1})
+    visible = seen(case).dense(sequences, device=inputs["q"].device)
     some = {name: value[sequences] for name, value in inputs.items()}
 
     def attend(dtype: torch.dtype) -> Tensor:
-        k, v = (x[:, :, None] for x in keys_values(case, some, dtype))
-        q = some["q"].to(dtype).unflatten(1, (case.groups, case.heads // case.groups))
-        return (probabilities(q, k, visible).to(dtype) @ v).flatten(1, 2)
+        return attended(some["q"].to(dtype), *keys_values(case, some, dtype), visible)
 
     return [Expected("o", lambda out: out[sequences], attend(case.torch_dtype), attend(torch.float64))]
 

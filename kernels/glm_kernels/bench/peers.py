@@ -53,7 +53,8 @@ def on_gpu(x: torch.Tensor, what: str) -> None:
 @cache
 def compiled(function: Callable[..., Any], tuned: bool = False) -> Callable[..., Any]:
     """`torch.compile(function)` for one shape at a time, with its choice of tiles by measurement if `tuned`."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):  # every case is a shape of its own
+        setattr(torch._dynamo.config, limit, 4096)
     mode = "max-autotune-no-cudagraphs" if tuned else None
     wrapped: Callable[..., Any] = torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
     return wrapped

@@ -16,7 +16,7 @@ from torch import Tensor
 from glm_kernels.bench import cases as published
 from glm_kernels.bench.norms import ROWS
 from glm_kernels.bench.peers import OURS, compiled, find, on_gpu
-from glm_kernels.bench.subject import Call, Case, Expected, Inputs, MissingError, Side, Subject, Work, generator
+from glm_kernels.bench.subject import Call, Case, Expected, Inputs, MissingError, Side, Subject, Work, generator, sample
 
 HELD = 3  # tokens in the cache before
 
@@ -218,7 +218,7 @@ def sides(case: RotaryCase) -> list[Side]:
         Side(OURS, partial(ours, case)),
         Side("torch", partial(torch_rotary, case, compile=False)),
         Side("torch.compile", partial(torch_rotary, case, compile=True)),
-        Side("liger", partial(liger, case)),
+        Side("liger", partial(liger, case), steady=False),
         Side("flashinfer", partial(flashinfer, case)),
     ]
 
@@ -228,7 +228,7 @@ def sides(case: RotaryCase) -> list[Side]:
 
 def expected(case: RotaryCase, inputs: Inputs) -> list[Expected]:
     """Some tokens of queries and keys, and what stands in the cache for them."""
-    tokens = torch.linspace(0, case.tokens - 1, min(case.tokens, 512)).long().unique().to(inputs["qkv"].device)
+    tokens = sample(case.tokens, 512).to(inputs["qkv"].device)
     qkv, cos, sin = (inputs[name][:, tokens] for name in ("qkv", "cos", "sin"))
     both, values = heads_of(case, qkv)
     exact = turn(both.double(), cos.double(), sin.double(), case.widths, case.pairing)

@@ -52,7 +52,11 @@ class Bench:
 
 
 def measure(subject: Subject[Any], case: Case, bench: Bench) -> Row:
-    """One row: of every side its seconds, or why it has none. Only a side whose check passed is timed."""
+    """One row: of every side its seconds, or why it has none.
+
+    Only a side whose check passed is timed, and what it gives after all the rounds is checked again: a kernel that
+    leaves a counter behind is right once only.
+    """
     work = subject.work(case)
     row: Row = {
         "subject": subject.name,
@@ -70,8 +74,6 @@ def measure(subject: Subject[Any], case: Case, bench: Bench) -> Row:
     expected = subject.expected(case, inputs)
     sides = {side.name: side for side in subject.sides(case)}
     found: dict[str, dict[str, Any]] = {name: checked(side, inputs, expected, bench) for name, side in sides.items()}
-    del expected
-    bench.tidy()
     count = copies(one, bench.l2, SHARE * bench.memory)
     batch = [inputs, *(subject.inputs(case, bench.device, seed) for seed in range(1, count))]
     calls: dict[str, list[Call]] = {}
@@ -85,9 +87,17 @@ def measure(subject: Subject[Any], case: Case, bench: Bench) -> Row:
     for name, timed in timings(calls, bench).items():
         if isinstance(timed, str):
             found[name] = {"failed": timed}
+        elif sides[name].steady and (wrong := faults(expected, bench.timer.outputs[name])):
+            found[name] = {"refused": f"after it was timed, {wrong}"}
         else:
             found[name] |= timed | {"in cache": count * one < 2 * bench.l2}
+    bench.timer.outputs = {}
     return row | {"sides": found}
+
+
+def faults(expected: Sequence[Expected], output: Any) -> str:
+    """What is wrong with an output, or nothing."""
+    return "; ".join(str(verdict) for part in expected if not (verdict := part.verdict(output)).ok)
 
 
 def checked(side: Side, inputs: Any, expected: Sequence[Expected], bench: Bench) -> dict[str, Any]:
@@ -97,15 +107,15 @@ def checked(side: Side, inputs: Any, expected: Sequence[Expected], bench: Bench)
         try:
             output = side.prepare(inputs)()
             verdicts = [part.verdict(output) for part in expected]
+            wrong = "; ".join(str(verdict) for verdict in verdicts if not verdict.ok)
         except MissingError as reason:
             return {"missing": str(reason)}
         except (Exception, torch.cuda.OutOfMemoryError) as error:
             bench.alive()
             hints = [str(each.message).splitlines()[0] for each in said if issubclass(each.category, UserWarning)]
             return {"failed": one_line(error) + (f" ({hints[-1][:120]})" if hints else "")}
-    wrong = [str(verdict) for verdict in verdicts if not verdict.ok]
     if wrong:
-        return {"refused": "; ".join(wrong)}
+        return {"refused": wrong}
     return {"error": {verdict.name: [verdict.rms, verdict.max] for verdict in verdicts}}
 
 
@@ -200,12 +210,11 @@ def run(
             begin = budget.now()
             try:
                 row = measure(subject, case, bench)
-            except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+            except DeviceLostError:
+                raise
+            except Exception as error:  # a fault of one case, want of memory mostly, ought not to cost the others
                 bench.alive()
-                row = {
-                    "subject": subject.name, "label": subject.label(case), "axis": list(subject.axis(case)),
-                    "fields": case.fields, "skipped": one_line(error),
-                }  # fmt: skip
+                row = without_figures(subject, case, one_line(error))
             bench.tidy()
             results.put(row | {"run": current["id"]})
             current["clocks"] = summary(bench.timer.clocks)
@@ -216,15 +225,19 @@ def run(
     except KeyboardInterrupt:
         return Ending(done, len(entries) - done, "interrupted")
     except DeviceLostError as error:
-        subject, case = entries[done]
-        row = {
-            "subject": subject.name, "label": subject.label(case), "axis": list(subject.axis(case)),
-            "fields": case.fields, "skipped": f"the device was lost: {error}", "run": current["id"],
-        }  # fmt: skip
-        results.put(row)
+        row = without_figures(*entries[done], f"the device was lost: {error}")
+        results.put(row | {"run": current["id"]})
         results.save(folder)
         return Ending(done, len(entries) - done - 1, f"the device was lost at {row['label']}: {error}", failed=True)
     return Ending(done, 0)
+
+
+def without_figures(subject: Subject[Any], case: Case, why: str) -> Row:
+    """A row that says why."""
+    axis = list(subject.axis(case))
+    return {
+        "subject": subject.name, "label": subject.label(case), "axis": axis, "fields": case.fields, "skipped": why
+    }  # fmt: skip
 
 
 def summary(seen: Sequence[dict[str, float]]) -> dict[str, list[float]]:

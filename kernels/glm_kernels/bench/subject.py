@@ -60,11 +60,13 @@ class Side:
     """A way to compute a case: `prepare` takes inputs and gives the call that is timed.
 
     `prepare` raises MissingError, with the reason, where the side cannot be had. What it does is not timed: laying out,
-    planning, building a mask.
+    planning, building a mask. `steady` says that a call gives the same every time, which one that writes over its
+    inputs does not.
     """
 
     name: str
     prepare: Callable[[Inputs], Call]
+    steady: bool = True
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,17 @@ class Subject(Generic[C]):
 def nbytes(inputs: Inputs) -> int:
     """Bytes of all tensors."""
     return sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
+
+
+def sample(count: int, most: int) -> Tensor:
+    """At most so many of `count` places, ascending: the first and last two, the others anywhere.
+
+    Not at equal distances: those would be at the same place in every tile of a kernel.
+    """
+    edges = torch.tensor([0, 1, count - 2, count - 1]).clamp(0, count - 1)
+    others = torch.randperm(count, generator=torch.Generator().manual_seed(count))[: max(0, most - len(edges))]
+    places: Tensor = torch.cat([edges, others]).unique()
+    return places
 
 
 def generator(device: torch.device, seed: int) -> torch.Generator | None:

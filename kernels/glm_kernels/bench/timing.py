@@ -51,9 +51,14 @@ def timing(samples: Sequence[float], copies: int, mode: str, note: str = "") -> 
 
 
 class Timer(Protocol):
-    """Times sides against one another."""
+    """Times sides against one another.
+
+    clocks   seen so far
+    outputs  of the last sides timed: what their first call gave in the last round
+    """
 
     clocks: list[dict[str, float]]
+    outputs: dict[str, Any]
 
     def __call__(self, sides: Mapping[str, Sequence[Call]]) -> dict[str, Timing]:
         """Name of a side -> its timing; each side is given as its calls, one for every copy of the inputs."""
@@ -62,11 +67,12 @@ class Timer(Protocol):
 
 MOST_COPIES = 512
 CACHES = 3  # the copies together are so many times the last cache
+ALONE = 40  # a copy of so many last caches pushes itself out
 
 
 def copies(one: float, l2: float, free: float) -> int:
     """How many copies of inputs and outputs of `one` bytes to rotate through, where `free` bytes may be used."""
-    wanted = max(2, math.ceil(CACHES * l2 / max(one, 1)))
+    wanted = max(2, math.ceil(CACHES * l2 / max(one, 1))) if one < ALONE * l2 else 1
     return max(1, min(wanted, MOST_COPIES, int(free // max(one, 1))))
 
 
@@ -99,6 +105,7 @@ class GraphTimer:
     def __init__(self, rounds: tuple[int, int] = (25, 7), seconds: float = 1.0, least: float = 1e-3) -> None:
         self.rounds, self.seconds, self.least = rounds, seconds, least
         self.clocks: list[dict[str, float]] = []
+        self.outputs: dict[str, Any] = {}
 
     def __call__(self, sides: Mapping[str, Sequence[Call]]) -> dict[str, Timing]:
         """See the head of this file."""
@@ -118,12 +125,13 @@ class GraphTimer:
                     samples[name].append(elapsed(graph, repeats) / (repeats * len(graph.calls)))
         if graphs:
             self.look(next(iter(graphs.values())))
+        self.outputs = {name: graph.kept[0] if graph.graph else graph.calls[0]() for name, graph in graphs.items()}
         return {
             name: timing(samples[name], len(graph.calls), "graph" if graph.graph else "stream", graph.note)
             for name, graph in graphs.items()
         }
 
-    def look(self, graph: Captured, seconds: float = 0.2) -> None:
+    def look(self, graph: Captured, seconds: float = 0.1) -> None:
         """Note the clocks while the device works."""
         once = elapsed(graph, 1)
         for _ in range(min(10_000, math.ceil(seconds / once))):
@@ -179,14 +187,16 @@ class WallClock:
     def __init__(self, rounds: int = 3) -> None:
         self.rounds = rounds
         self.clocks: list[dict[str, float]] = []
+        self.outputs: dict[str, Any] = {}
 
     def __call__(self, sides: Mapping[str, Sequence[Call]]) -> dict[str, Timing]:
         """All sides in turn, a few times."""
+        self.outputs = {}
         samples: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(self.rounds):
             for name, calls in sides.items():
                 begin = time.perf_counter()
-                for call in calls:
-                    call()
+                first, *_ = [call() for call in calls]
                 samples[name].append((time.perf_counter() - begin) / len(calls))
+                self.outputs[name] = first
         return {name: timing(samples[name], len(calls), "wall clock") for name, calls in sides.items()}

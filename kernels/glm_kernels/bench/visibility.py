@@ -9,6 +9,7 @@ and pairs and keys can be counted without a mask. Only what is visible counts as
 or reads more, gets no credit for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,14 +58,16 @@ class Visibility:
             changes.scatter_add_(1, low, some).scatter_add_(1, high, -some)
         return int((changes.cumsum(1) > 0).sum())
 
-    def dense(self, sequence: slice = slice(None), queries: Tensor | None = None) -> Tensor:
-        """[B, T, S], True where visible; of some sequences and of some queries only."""
-        j = torch.arange(self.keys)
+    def dense(
+        self, sequences: Sequence[int] | None = None, queries: Tensor | None = None, device: torch.device | None = None
+    ) -> Tensor:
+        """[B, T, S], True where visible; of some sequences and of some queries only, if so asked."""
+        j = torch.arange(self.keys, device=device, dtype=torch.int32)
         shape = self.counts().shape
 
         def of(bound: Tensor) -> Tensor:
-            rows = bound.expand(shape)[sequence]
-            return (rows if queries is None else rows[:, queries])[..., None]
+            rows = bound.expand(shape) if sequences is None else bound.expand(shape)[list(sequences)]
+            return (rows if queries is None else rows[:, queries])[..., None].to(device, torch.int32)
 
         inside = (of(self.start) <= j) & (j < of(self.length))
         return inside & ((j < of(self.prefix)) | ((of(self.segment) <= j) & (j <= of(self.position))))
