@@ -1,5 +1,6 @@
 """The benchmark, without a GPU: what it counts, whom it believes, what it writes, and how it ends."""
 
+import ast
 import itertools
 import json
 import os
@@ -30,6 +31,7 @@ from glm_kernels.bench import (
     command,
     decode,
     goals,
+    ladders,
     norms,
     plots,
     report,
@@ -47,7 +49,7 @@ from glm_kernels.bench.visibility import visibility
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 CPU = torch.device("cpu")
-SUBJECTS = list(command.SUBJECTS.values())
+SUBJECTS = [subject for subject in command.SUBJECTS.values() if subject is not ladders.SUBJECT]
 
 
 def small_attention(mask: str, **changes: Any) -> AttentionCase:
@@ -405,6 +407,52 @@ def test_a_cache_that_is_not_written_is_found_out() -> None:
     assert [fault.split(":")[0] for fault in verdicts(rotary.SUBJECT, case, lazy)] == ["k", "v"]
 
 
+LADDER = """
+from types import SimpleNamespace
+from torch.nn.functional import scaled_dot_product_attention
+
+def right(q, k, v, length):
+    return scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+def wrong(q, k, v):
+    return scaled_dot_product_attention(q, k, v + 0.01, enable_gqa=True)
+
+def ladders():
+    return ["decode"]
+
+def steps(name):
+    return [SimpleNamespace(name="01_right", call=right), SimpleNamespace(name="02_wrong", call=wrong)]
+
+def write(figures):
+    open(__file__ + ".figures", "w").write(repr(figures))
+"""
+
+
+@directly
+def test_ladders_are_measured_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is a side, a wrong one gets no figure, and the ladder writes the others into its table."""
+    (tmp_path / "ladder.py").write_text(LADDER)
+    monkeypatch.setattr(ladders, "FOLDER", tmp_path)
+    monkeypatch.setattr(ladders, "CASES", {"decode": (decode.SUBJECT, small_decode())})
+    monkeypatch.delitem(sys.modules, "ladder", raising=False)
+    ladders.loaded.cache_clear()
+    known = results()
+    try:
+        run(plan([ladders.SUBJECT]), bench(), known, tmp_path, facts=FACTS, roof_sizes=(1e-5, 8))
+        sides = known.rows[0]["sides"]
+        assert list(sides) == [OURS, "01_right", "02_wrong"]
+        assert "o: error" in sides["02_wrong"]["refused"]
+        assert ladders.write([known])
+        written = ast.literal_eval((tmp_path / "ladder.py.figures").read_text())
+        assert list(written["decode"]) == ["01_right"]
+        assert written["decode"]["01_right"].endswith(" (Imaginary GPU-9)")
+        assert " % " in written["decode"]["01_right"]
+        assert not ladders.write([results()])
+    finally:
+        ladders.loaded.cache_clear()
+        sys.modules.pop("ladder", None)
+
+
 # ----------------------------------------------------------------------------- a subject of our own
 
 
@@ -643,7 +691,7 @@ def test_importance_orders_cases_of_all_subjects() -> None:
     order = [case.importance for _, case in entries]
     assert order == sorted(order)
     quick = plan(SUBJECTS, 0)
-    assert {subject.name for subject, _ in quick} == set(command.SUBJECTS)
+    assert {subject.name for subject, _ in quick} == {subject.name for subject in SUBJECTS}
     assert len(quick) < 40 < len(entries)
     covered = {goal for subject, case in quick for goal in goals.goals_of(row_of(subject, case))}
     assert covered == set(goals.GOALS), "a short run measures every goal"
@@ -836,7 +884,7 @@ def test_tables_and_plots_are_written_from_a_file(tmp_path: Path) -> None:
     assert "**no figure, its check failed**: o: error 7.1× (rms)" in text
     assert "skipped: 90 GB" in text
     assert "- flashinfer: missing: flashinfer-python is not installed (" in text
-    assert [path.name for path in pictures] == [f"imaginary-gpu-9-{name}.png" for name in command.SUBJECTS]
+    assert [path.name for path in pictures] == [f"imaginary-gpu-9-{subject.name}.png" for subject in SUBJECTS]
     for picture in pictures:
         assert f"](results/{picture.name})" in text
         with Image.open(picture) as image:

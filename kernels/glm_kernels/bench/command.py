@@ -14,14 +14,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from glm_kernels.bench import activations, attention, decode, goals, machine, norms, plots, report, rotary
+from glm_kernels.bench import activations, attention, decode, goals, ladders, machine, norms, plots, report, rotary
 from glm_kernels.bench.results import Results, Row, of_device, read_all
 from glm_kernels.bench.run import Bench, Budget, Ending, plan, run
 from glm_kernels.bench.subject import Subject
 from glm_kernels.bench.timing import GraphTimer
 
 SUBJECTS: dict[str, Subject[Any]] = {
-    module.SUBJECT.name: module.SUBJECT for module in (attention, decode, norms, rotary, activations)
+    module.SUBJECT.name: module.SUBJECT for module in (attention, decode, norms, rotary, activations, ladders)
 }
 ALL = "all"
 
@@ -162,6 +162,8 @@ def publish(out: Path, document: Path, ending: Ending | None) -> int:
     else:
         path = machine.save_text(out / "README.md", f"{report.markdown(out, out)}\n") if found else None
         console.print(f"wrote {path}" if path else "no results yet", soft_wrap=True)
+    if ladders.write(found):
+        console.print("wrote the figures of the ladders", soft_wrap=True)
     for results in found:
         console.print(summary(results))
     if ending is None:

@@ -116,24 +116,35 @@ def ours(case: NormCase, inputs: Inputs) -> Call:
 
 
 def liger(case: NormCase, inputs: Inputs) -> Call:
-    """Liger's kernel; the addition, which it does not have, is torch's."""
+    """Liger's kernels; LayerNorm has none with the addition, which is torch's then."""
     on_gpu(inputs["x"], "liger")
     residual = inputs.get("residual")
     if case.kind == "layer":
         apply = find("liger_kernel.ops.layer_norm", "LigerLayerNormFunction.apply")
         return lambda: with_sum(lambda s: apply(s, inputs["weight"], inputs["bias"], EPS), inputs["x"], residual)
-    apply = find("liger_kernel.ops.rms_norm", "LigerRMSNormFunction.apply")
     casting = "gemma" if case.kind == "rms before" else "llama"
-    return lambda: with_sum(lambda s: apply(s, inputs["weight"], EPS, 0.0, casting, False), inputs["x"], residual)
+    if residual is not None:
+        added = find("liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction.apply")
+        return partial(added, inputs["x"], residual, inputs["weight"], EPS, 0.0, casting)
+    apply = find("liger_kernel.ops.rms_norm", "LigerRMSNormFunction.apply")
+    return partial(apply, inputs["x"], inputs["weight"], EPS, 0.0, casting, False)
 
 
 def flashinfer(case: NormCase, inputs: Inputs) -> Call:
-    """flashinfer's RMSNorm. Its fused addition writes over its inputs, so a case with a residual is not one for it."""
-    rmsnorm = find("flashinfer.norm", "rmsnorm")
+    """flashinfer's RMSNorm; with the addition it writes over its inputs, which are copies of its own."""
     on_gpu(inputs["x"], "flashinfer")
-    if case.kind == "layer" or case.residual:
-        raise MissingError("no LayerNorm, and the addition only in place")
-    return partial(rmsnorm, inputs["x"], inputs["weight"], EPS)
+    if case.kind == "layer":
+        raise MissingError("has no LayerNorm in these dtypes")
+    if not case.residual:
+        return partial(find("flashinfer.norm", "rmsnorm"), inputs["x"], inputs["weight"], EPS)
+    add = find("flashinfer.norm", "fused_add_rmsnorm")
+    x, residual = inputs["x"].clone(), inputs["residual"].clone()
+
+    def call() -> tuple[Tensor, Tensor]:
+        add(x, residual, inputs["weight"], EPS)
+        return x, residual
+
+    return call
 
 
 def sides(case: NormCase) -> list[Side]:
@@ -143,7 +154,7 @@ def sides(case: NormCase) -> list[Side]:
         Side("torch", partial(torch_norm, case, compile=False)),
         Side("torch.compile", partial(torch_norm, case, compile=True)),
         Side("liger", partial(liger, case)),
-        Side("flashinfer", partial(flashinfer, case)),
+        Side("flashinfer", partial(flashinfer, case), steady=not case.residual),
     ]
 
 
