@@ -5,6 +5,7 @@ that device can ask for. `compile` builds the machine code with the compiler Tri
 device, and reads from it what decides speed: registers, spills, shared memory and the instructions used.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -33,6 +34,7 @@ class Variant:
     options   num_warps, num_stages …
     unaligned names of integers and pointers not known to be multiples of 16 (which launches usually are)
     hot       whether its speed matters so that no register may spill
+    twin      whether another variant is the same but for bfloat16 instead of float16: the quick tests leave it out
     """
 
     label: str
@@ -42,6 +44,7 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     unaligned: Iterable[str] = ()
     hot: bool = True
+    twin: bool = False
 
     @property
     def name(self) -> str:
@@ -54,17 +57,30 @@ class Compiled:
     """What one compilation came to.
 
     registers     of one thread (on AMD vector registers)
-    spilled       bytes of a thread's registers kept in memory, or on AMD the number of registers
+    spilled       bytes of a thread's registers kept in memory, or on AMD the number of vector registers (scalar ones
+                  are kept in lanes of vector registers)
     shared        bytes of shared memory of one program
-    instructions  how often each machine instruction stands in the code, by its full name, as "HGMMA.64x128x16.F32"
-    text          the disassembly
+    code          the machine code, on AMD its assembly
     """
 
     registers: int
     spilled: int
     shared: int
-    instructions: Counter[str]
-    text: str
+    code: bytes
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The disassembly."""
+        return tool("nvdisasm", "--print-code", self.code) if self.code.startswith(b"\x7fELF") else self.code.decode()
+
+    @functools.cached_property
+    def instructions(self) -> Counter[str]:
+        """How often each machine instruction stands in the code, by its full name, as "HGMMA.64x128x16.F32"."""
+        if self.code.startswith(b"\x7fELF"):
+            pattern = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)"
+        else:
+            pattern = r"^\s+([a-z]\w+)(?:\s|$)"
+        return Counter(re.findall(pattern, self.text, re.M))
 
     def count(self, pattern: str) -> int:
         """How many instructions match a regular expression."""
@@ -90,33 +106,28 @@ def compile(variant: Variant, target: Target) -> Compiled:
         source, target=GPUTarget(target.backend, target.arch, WARP[target.backend]), options=dict(variant.options)
     )
     shared = int(built.metadata.shared)
-    return from_cubin(built.asm["cubin"], shared) if target.backend == "cuda" else from_amd(built.asm["amdgcn"], shared)
+    if target.backend == "hip":
+        text = built.asm["amdgcn"]
+        spilled = sum(int(n) for n in re.findall(r"vgpr_spill_count:\s*(\d+)", text))
+        return Compiled(number(r"\.vgpr_count:\s*(\d+)", text), spilled, shared, text.encode())
+    usage = tool("cuobjdump", "--dump-resource-usage", built.asm["cubin"])
+    spilled = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    return Compiled(number(r"REG:(\d+)", usage), spilled, shared, built.asm["cubin"])
 
 
-def from_cubin(cubin: bytes, shared: int) -> Compiled:
-    """Read NVIDIA machine code with the tools in Triton's wheel."""
+def number(pattern: str, text: str) -> int:
+    """The number that the pattern finds."""
+    found = re.search(pattern, text)
+    assert found is not None, f"{pattern} is not in {text[:200]}"
+    return int(found[1])
+
+
+def tool(name: str, option: str, cubin: bytes) -> str:
+    """What one of the tools in Triton's wheel says of NVIDIA machine code."""
     from triton.backends import nvidia
 
-    tools = Path(nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-
-        def run(tool: str, option: str) -> str:
-            return subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-
-        usage, text = run("cuobjdump", "--dump-resource-usage"), run("nvdisasm", "--print-code")
-    spilled = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", text, re.M)
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None, usage
-    return Compiled(int(registers[1]), spilled, shared, Counter(names), text)
-
-
-def from_amd(text: str, shared: int) -> Compiled:
-    """Read AMD assembly, whose end has the resources."""
-    spilled = sum(int(n) for n in re.findall(r"[sv]gpr_spill_count:\s*(\d+)", text))
-    registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
-    assert registers is not None, "no register count in the assembly"
-    names = re.findall(r"^\s+([a-z]\w+)(?:\s|$)", text, re.M)
-    return Compiled(int(registers[1]), spilled, shared, Counter(names), text)
+        command = [str(Path(nvidia.__file__).parent / "bin" / name), option, file.name]
+        return str(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DEVICES, INTERPRETED, PROJECT, directly, kernel, needs_triton, rerun
+from harness import INTERPRETED, PROJECT, directly, gpu, kernel, needs_triton, rerun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -346,40 +346,44 @@ def naive_decode(inputs: Any) -> Tensor:
     return attend
 
 
+HALF: dict[str, Any] = {"dtype": "float16"}
+FEW: list[tuple[Subject[Any], Case]] = [  # for the interpreter, which is slow, and for a GPU, where peers are compiled
+    (attention.SUBJECT, small_attention("prefix", backward=True, value=16, batch=1, **HALF)),
+    (decode.SUBJECT, small_decode(ragged=True, **HALF)),
+    (norms.SUBJECT, norms.NormCase(model="tiny", kind="layer", width=48, rows=5, residual=True, **HALF)),
+    (rotary.SUBJECT, small_rotary(append="float16", **HALF)),
+    (activations.SUBJECT, activations.ActivationCase(model="tiny", kind="swiglu", inner=24, rows=5, **HALF)),
+]
+
+
 def tiny_cases() -> list[tuple[Subject[Any], Case]]:
-    """Every subject's every kind, so small that the CPU can do it; few of them in the interpreter, which is slow."""
-    half: dict[str, Any] = {"dtype": "float16"}
-    if INTERPRETED:
-        return [
-            (attention.SUBJECT, small_attention("prefix", backward=True, value=16, batch=1, **half)),
-            (decode.SUBJECT, small_decode(ragged=True, **half)),
-            (norms.SUBJECT, norms.NormCase(model="tiny", kind="layer", width=48, rows=5, residual=True, **half)),
-            (rotary.SUBJECT, small_rotary(append="float16", **half)),
-            (activations.SUBJECT, activations.ActivationCase(model="tiny", kind="swiglu", inner=24, rows=5, **half)),
-        ]
+    """Every subject's every kind, so small that the CPU can do it."""
     found: list[tuple[Subject[Any], Case]] = []
     for mask, backward in itertools.product(attention.MASKS, (False, True)):
-        found.append((attention.SUBJECT, small_attention(mask, backward=backward, value=16, **half)))
+        found.append((attention.SUBJECT, small_attention(mask, backward=backward, value=16, **HALF)))
     for changes in ({}, {"ragged": True}, {"queries": 3}, {"cache": "int8"}, LATENT):
-        found.append((decode.SUBJECT, small_decode(**half, **changes)))
+        found.append((decode.SUBJECT, small_decode(**HALF, **changes)))
     for kind, residual in itertools.product(("layer", "rms before", "rms after"), (False, True)):
-        case = norms.NormCase(model="tiny", kind=kind, width=48, rows=5, residual=residual, **half)
+        case = norms.NormCase(model="tiny", kind=kind, width=48, rows=5, residual=residual, **HALF)
         found.append((norms.SUBJECT, case))
     for pairing, widths in (("interleaved", (8,)), ("halves", (8, 8)), ("halves", (16,))):
         for append in ("", "float16", "int8"):
-            found.append((rotary.SUBJECT, small_rotary(pairing=pairing, widths=widths, append=append, **half)))
+            found.append((rotary.SUBJECT, small_rotary(pairing=pairing, widths=widths, append=append, **HALF)))
     for kind in activations.PLAIN:
-        activation = activations.ActivationCase(model="tiny", kind=kind, inner=24, rows=5, **half)
+        activation = activations.ActivationCase(model="tiny", kind=kind, inner=24, rows=5, **HALF)
         found.append((activations.SUBJECT, activation))
     return found
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("subject", "case"), tiny_cases(), ids=lambda x: x.name if isinstance(x, Subject) else x.model)
+MEASURED = [pytest.param(*entry, "cpu", id=entry[0].name) for entry in (FEW if INTERPRETED else tiny_cases())]
+MEASURED += [pytest.param(*entry, "cuda", id=f"{entry[0].name}-cuda", marks=gpu) for entry in FEW]
+
+
+@pytest.mark.parametrize(("subject", "case", "device"), MEASURED)
 def test_ours_and_peers_are_measured(subject: Subject[Any], case: Any, device: str) -> None:
     """The whole of a case: ours passes its check if it is there, nobody is refused, all others have a reason."""
-    gpu = device == "cuda"
-    row = measure(subject, case, Bench(torch.device(device), GraphTimer() if gpu else WallClock(1), 1e9, 1e4))
+    timer = GraphTimer() if device == "cuda" else WallClock(1)
+    row = measure(subject, case, Bench(torch.device(device), timer, 1e9, 1e4))
     if any(row["sides"][OURS].get("missing", "").endswith(f"has no {name}") for name in NEW):
         pytest.skip(row["sides"][OURS]["missing"])
     assert row["sides"][OURS]["seconds"] > 0, row["sides"][OURS]
@@ -676,13 +680,17 @@ def test_a_case_that_does_not_fit_says_so() -> None:
 def test_a_side_that_fails_beside_the_others_does_not_cost_our_figure() -> None:
     class Crowded(WallClock):
         def __call__(self, sides: Mapping[str, Sequence[Call]]) -> dict[str, Timing]:
+            tried.append(list(sides))
             if len(sides) > 1:
                 raise RuntimeError("out of memory")
             return super().__call__(sides)
 
+    tried: list[list[str]] = []
+
     row = measure(SUMS, SUMS.cases()[0], bench(Crowded(1)))
     assert row["sides"][OURS]["seconds"] > 0
     assert row["sides"]["right"] == {"failed": "not beside the others: RuntimeError: out of memory"}
+    assert tried == [[OURS, "right"], [OURS]]
 
 
 @directly

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from glm_kernels.bench import activations, attention, decode, goals, ladders, machine, norms, plots, report, rotary
+from glm_kernels.bench import activations, attention, decode, ladders, machine, norms, plots, report, rotary
 from glm_kernels.bench.results import Results, Row, of_device, read_all
 from glm_kernels.bench.run import Bench, Budget, Ending, plan, run
 from glm_kernels.bench.subject import Subject
@@ -175,15 +175,9 @@ def publish(out: Path, document: Path, ending: Ending | None) -> int:
 
 def summary(results: Results) -> Table:
     """The goals of a device, as a table for the terminal."""
-    table = Table("goal", "cases", "value", "reached", title=results.device["device"])
-    for row in results.rows:
-        for goal in goals.goals_of(row):
-            value = goal.value(row, results)
-            state = "no figure" if value is None else goal.verdict(value)
-            table.add_row(
-                report.name_of(goal), report.case_name(row), goal.written(value),
-                state, style="red" if state in ("miss", "no figure") else None,
-            )  # fmt: skip
+    table = Table(*report.GOAL_HEAD, title=results.device["device"])
+    for row in report.goal_rows(results):
+        table.add_row(*(cell.replace("**", "") for cell in row), style="red" if "miss" in row[-1] else None)
     return table
 
 

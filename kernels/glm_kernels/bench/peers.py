@@ -27,13 +27,13 @@ def find(module: str, name: str) -> Any:
     try:
         found = imported(module)
         for part in name.split("."):
-            found = getattr(found, part)
+            found = getattr(found, part, None)
     except ModuleNotFoundError as error:
         raise MissingError(f"{error.name or module} is not installed") from None
-    except AttributeError:
-        raise MissingError(f"{module} has no {name}") from None
     except Exception as error:  # a package built for another torch fails in any way at all
         raise MissingError(f"{module} cannot be imported: {one_line(error)}") from None
+    if not callable(found):  # a module of the same name may have been imported
+        raise MissingError(f"{module} has no {name}")
     return found
 
 

@@ -77,7 +77,7 @@ def markdown(folder: Path, place: Path) -> str:
 
 def sections(results: Results, remarks: list[dict[str, str]], folder: Path, place: Path) -> list[str]:
     """Of one device: where from, goals, misses, and a table and a plot for each subject."""
-    found = [f"### {results.device['device']}", source(results), goal_table(results)]
+    found = [f"### {results.device['device']}", source(results), table(GOAL_HEAD, goal_rows(results))]
     if missed := misses(results, remarks):
         found.append("Misses, with what bounds them:\n\n" + "\n".join(f"- {line}" for line in missed))
     for subject in dict.fromkeys(row["subject"] for row in results.rows):
@@ -131,8 +131,11 @@ def levels(goal: Goal) -> list[str]:
     return [f"{goal.sign} {goal.written(goal.goal)}", accept]
 
 
-def goal_table(results: Results) -> str:
-    """Every goal with the worst and the best case, and how many reach it."""
+GOAL_HEAD = ["what", "cases", "goal", "at first", "measured", "how many cases reach what"]
+
+
+def goal_rows(results: Results) -> list[list[str]]:
+    """Every goal with its worst and best case, and how many reach it; the columns of GOAL_HEAD."""
     rows = []
     for goal in GOALS:
         covered = [row for row in results.rows if goal in goals_of(row)]
@@ -144,7 +147,7 @@ def goal_table(results: Results) -> str:
         without = f", {len(covered) - len(values)} without a figure" if len(covered) > len(values) else ""
         counts = ", ".join(f"{states.count(state)} {word}" for state, word in STATES.items() if state in states)
         rows.append([name_of(goal), goal.cases, *levels(goal), measured, (counts + without).strip(", ") or "–"])
-    return table(["what", "cases", "goal", "at first", "measured", "how many cases reach what"], rows)
+    return rows
 
 
 def case_name(row: Row) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from glm_kernels.bench import machine, roofs
-from glm_kernels.bench.peers import OURS, one_line, versions
+from glm_kernels.bench.peers import one_line, versions
 from glm_kernels.bench.results import Results, Row
 from glm_kernels.bench.subject import Call, Case, Expected, MissingError, Side, Subject, nbytes
 from glm_kernels.bench.timing import Timer, copies
@@ -120,16 +120,17 @@ def checked(side: Side, inputs: Any, expected: Sequence[Expected], bench: Bench)
 
 
 def timings(calls: dict[str, list[Call]], bench: Bench) -> dict[str, dict[str, Any] | str]:
-    """All sides in turn; if that fails, for want of memory say, then ours alone."""
-    try:
-        return {name: asdict(timed) for name, timed in bench.timer(calls).items()}
-    except RuntimeError as error:
-        bench.alive()
+    """All sides in turn; while that fails, for want of memory say, without the last of them, which is taken out."""
+    found: dict[str, dict[str, Any] | str] = {}
+    while calls:
+        try:
+            return found | {name: asdict(timed) for name, timed in bench.timer(calls).items()}
+        except RuntimeError as error:
+            bench.alive()
+            last = list(calls)[-1]
+            found[last] = f"not beside the others: {one_line(error)}"
+            del calls[last]
         bench.tidy()
-        reason = one_line(error)
-    found: dict[str, dict[str, Any] | str] = dict.fromkeys(calls, f"not beside the others: {reason}")
-    if OURS in calls and len(calls) > 1:
-        found |= timings({OURS: calls[OURS]}, bench)
     return found
 
 
