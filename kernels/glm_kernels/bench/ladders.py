@@ -86,7 +86,7 @@ def figures(devices: Sequence[Results]) -> dict[str, dict[str, str]]:
                 continue
             for name, side in row.get("sides", {}).items():
                 reached = roof(row, results, name)
-                if reached is None:
+                if name == OURS or reached is None:  # ours is no step
                     continue
                 part, bound = reached
                 text = f"{time(side['seconds'])}, {100 * part:.0f} % {bound} ({results.device['device']})"
