@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 RECIPE ?= weights/tiny-glm/recipe.toml
 
-.PHONY: help demo test test-slow check train bench clean
+.PHONY: help demo test test-slow check train bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -43,6 +43,9 @@ train: .venv/.test ## train tiny-glm from nothing, in about half an hour
 
 bench: .venv/.test ## measure memory and speed on this machine
 	@for script in $$(grep -l __main__ kernels/bench/*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+bench-gpu: .venv/.test ## measure the kernels and their peers on this machine's GPU
+	$(BIN)/python -m glm_kernels.bench all --out kernels/results/
 
 clean: ## remove .venv and everything else that was made
 	rm -rf .venv build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels" / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from machine import provenance, write  # noqa: E402
+from glm_kernels.bench.machine import provenance, write  # noqa: E402
 
 from glm.verify import Report, verify  # noqa: E402
 

@@ -18,7 +18,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from glm_kernels.bench import report  # noqa: E402
+from glm_kernels.bench.report import table  # noqa: E402
+
 RESULTS = ROOT / "kernels" / "results"
 DOCUMENTS = ("README.md", "kernels/README.md", "weights/README.md", "weights/tiny-glm/README.md")
 
@@ -33,12 +37,6 @@ def source(found: dict[str, Any]) -> str:
     """One line on where figures come from."""
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return f"{found['device']}, {found['cores']} cores; {versions}; commit {found['commit']}; {found['date']}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, the first column left-aligned."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
 
 def demo() -> str:
@@ -126,16 +124,13 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "load-memory": load_memory,
     "releases": releases,
     "parity": parity,
+    report.BLOCK: lambda: report.markdown(RESULTS, ROOT / "kernels"),
 }
 
 
 def rewritten(text: str) -> str:
     """`text` with every block written anew."""
-
-    def block(match: re.Match[str]) -> str:
-        return f"<!-- begin {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end {match[1]} -->"
-
-    return re.sub(r"<!-- begin ([\w-]+) -->\n.*?<!-- end \1 -->", block, text, flags=re.S)
+    return report.rewritten(text, BLOCKS)
 
 
 def main() -> int:

@@ -21,7 +21,8 @@ def test_every_package_is_packaged() -> None:
     settings = SETTINGS["tool"]["setuptools"]
     moved = settings["package-dir"]
     found = {".".join(path.parent.relative_to(PROJECT).parts) for path in PROJECT.glob("glm/**/__init__.py")}
-    found |= {path.parent.name for path in PROJECT.glob("kernels/*/__init__.py")}
+    kernels = PROJECT / "kernels"
+    found |= {".".join(path.parent.relative_to(kernels).parts) for path in kernels.glob("**/__init__.py")}
     assert {name for name in settings["packages"] if not moved.get(name, "").startswith("weights")} == found
     assert all((PROJECT / folder).is_dir() for folder in moved.values())
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from machine import provenance, write
+from glm_kernels.bench.machine import provenance, write
 from rich.console import Console
 from rich.progress import track
 from transformers import DynamicCache, GlmConfig, GlmForCausalLM, StaticCache

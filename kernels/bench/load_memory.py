@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import ROOT, provenance, write
+from glm_kernels.bench.machine import ROOT, provenance, write
 
 CHILD = """
 import json, sys, time, resource

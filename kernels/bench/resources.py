@@ -12,12 +12,12 @@ from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-import machine
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-sys.path.insert(0, str(machine.ROOT / "kernels"))
-
+from glm_kernels.bench import machine
 from glm_kernels.variants import TARGETS, Compiled, Variant, compile
 
 NAMES = ("activations", "attention", "decode", "norms", "rotary")  # every file with kernels

@@ -1,0 +1,138 @@
+"""What is aimed at, and what is accepted at first: `goal` and `accept` are numbers that a case's value is held to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from glm_kernels.bench.peers import OURS
+from glm_kernels.bench.results import Results, Row
+
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number for every case it covers.
+
+    The value of a case is `base` seconds over ours (a multiple, the more the better), or without a base our
+    microseconds (the fewer the better).
+    """
+
+    subject: str
+    cases: str
+    covers: Callable[[Row], bool]
+    against: str
+    base: Callable[[Row, Results], float | None] | None
+    goal: float
+    accept: float | None = None
+
+    def value(self, row: Row, results: Results) -> float | None:
+        """Of a case that has a figure, if what it is compared with has one too."""
+        mine = seconds(row)
+        if mine is None:
+            return None
+        if self.base is None:
+            return mine * 1e6
+        base = self.base(row, results)
+        return None if base is None else base / mine
+
+    def needs(self, row: Row, results: Results, level: float) -> float | None:
+        """Seconds that a case may take at this level."""
+        if self.base is None:
+            return level / 1e6
+        base = self.base(row, results)
+        return None if base is None else base / level
+
+    def verdict(self, value: float) -> str:
+        """ "goal", "accepted" or "miss"."""
+        if self.reached(value, self.goal):
+            return "goal"
+        return "accepted" if self.accept is not None and self.reached(value, self.accept) else "miss"
+
+    def reached(self, value: float, level: float) -> bool:
+        """Whether a value is on the good side of a level."""
+        return value <= level if self.base is None else value >= level
+
+    def written(self, number: float | None) -> str:
+        """A value or a level, with its unit."""
+        if number is None:
+            return "–"
+        if self.base is None:
+            return f"{number:.1f} µs"
+        return f"{number:.2f} {self.against}" if len(self.against) == 1 else f"{number:.2f}×"
+
+    @property
+    def sign(self) -> str:
+        """Which side of the level is the good one."""
+        return "≤" if self.base is None else "≥"
+
+
+def seconds(row: Row, side: str = OURS) -> float | None:
+    """A side's figure, if it has one."""
+    found: float | None = row.get("sides", {}).get(side, {}).get("seconds")
+    return found
+
+
+def peer(name: str) -> Callable[[Row, Results], float | None]:
+    """Seconds of a peer in the same row."""
+    return lambda row, results: seconds(row, name)
+
+
+def at_read_roof(row: Row, results: Results) -> float | None:
+    """Seconds of the bytes at R."""
+    return float(row["bytes"] / results.run_of(row)["roofs"]["read"])
+
+
+def at_multiply_roof(row: Row, results: Results) -> float | None:
+    """Seconds of the flops at C."""
+    return float(row["flops"] / results.run_of(row)["roofs"]["multiply"])
+
+
+def at_causal_rate(row: Row, results: Results) -> float | None:
+    """Seconds of the flops at the rate of our own causal attention in the same shape and run."""
+    wanted = row["fields"] | {"mask": "causal"}
+    for other in results.rows:
+        if (other["subject"], other["fields"], other["run"]) == (row["subject"], wanted, row["run"]):
+            base = seconds(other)
+            return None if base is None else base * row["flops"] / other["flops"]
+    return None
+
+
+def long_causal(row: Row) -> bool:
+    """Causal prefill in bfloat16, heads of 128, 4k to 32k."""
+    case: dict[str, Any] = row["fields"]
+    shape = case["mask"], case["dtype"], case["key"], case["backward"], case["batch"]
+    return shape == ("causal", "bfloat16", 128, False, 1) and 4096 <= case["queries"] <= 32768
+
+
+def bidirectional(row: Row) -> bool:
+    """A prefix or an infilling mask, forward."""
+    return row["fields"]["mask"] in ("prefix", "infilling") and not row["fields"]["backward"]
+
+
+def large_cache(row: Row) -> bool:
+    """64 MB of cache or more."""
+    return bool(row["bytes"] >= 64 * MEGABYTE)
+
+
+def short_cache(row: Row) -> bool:
+    """One sequence of at most 1k."""
+    return bool(row["fields"]["batch"] == 1 and row["fields"]["keys"] <= 1024)
+
+
+MASKED = "prefix and infilling masks"
+CAUSAL = "causal, head 128, bf16, 4k–32k"
+GOALS = (
+    Goal("attention", CAUSAL, long_causal, "SDPA cuDNN", peer("SDPA cuDNN"), 1.00, 0.85),
+    Goal("attention", CAUSAL, long_causal, "C", at_multiply_roof, 0.78),
+    Goal("attention", MASKED, bidirectional, "flex_attention", peer("flex_attention"), 1.5, 1.1),
+    Goal("attention", MASKED, bidirectional, "our causal rate", at_causal_rate, 0.95),
+    Goal("decode", "64 MB of cache or more", large_cache, "R", at_read_roof, 0.92, 0.85),
+    Goal("decode", "64 MB of cache or more", large_cache, "flashinfer", peer("flashinfer"), 1.05),
+    Goal("decode", "one sequence, at most 1k", short_cache, "", None, 6.0, 8.0),
+)
+
+
+def goals_of(row: Row) -> list[Goal]:
+    """Those that cover a row."""
+    return [goal for goal in GOALS if goal.subject == row["subject"] and goal.covers(row)]
