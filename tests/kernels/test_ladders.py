@@ -40,7 +40,18 @@ def decode(dtype: torch.dtype, device: str) -> Case:
     return {name: value.to(device) for name, value in arguments.items()}, plain
 
 
-CASES: dict[str, Callable[[torch.dtype, str], Case]] = {"decode": decode}
+def attention(dtype: torch.dtype, device: str) -> Case:
+    """A little more than two blocks of queries, and of keys."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 140, 32, generator=generator).to(device, dtype) for heads in (4, 2, 2))
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return {"q": q, "k": k, "v": v}, plain
+
+
+CASES: dict[str, Callable[[torch.dtype, str], Case]] = {"attention": attention, "decode": decode}
 
 
 @pytest.mark.parametrize("device", DEVICES)
