@@ -108,8 +108,9 @@ def launched(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, dlse: Tensor, bounds: 
     return results + [grad.written() for grad in grads]
 
 
-def check(case: Case, dtype: torch.dtype, device: str) -> None:
-    """The public function, and where kernels run these between guards, against float64 and torch's own error."""
+def check(case: Case, dtype: torch.dtype, device: str, twice: bool = True) -> None:
+    """Where kernels run, these between guards, else (or `twice`, also) the public function: against float64 and torch's
+    own error, and to the bit the same."""
     (q, k, v, dy, dlse), bounds = case.tensors(dtype, device)
     k_, v_ = filled(k, bounds.length), filled(v, bounds.length)
     wide = [x.double() for x in (q, k_, v_, dy, dlse)]
@@ -121,7 +122,8 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     if dispatch.takes_kernel(q):  # first, since a broken kernel does no harm between guards
         runs.append(launched(q, k, v, dy, dlse, bounds))
     named = {name: bound for name, bound in bounds._asdict().items() if bound is not None}
-    runs.append(differentiated(lambda *x: attention(*x, **named, return_lse=True), q, k, v, dy, dlse))
+    if twice or not runs:
+        runs.append(differentiated(lambda *x: attention(*x, **named, return_lse=True), q, k, v, dy, dlse))
     for ours in runs:
         for mine, one, other, true, sums in zip(ours, fused, parts, truth, terms, strict=True):
             empty = true.isinf()
@@ -169,13 +171,13 @@ def test_attention(dtype: torch.dtype, name: str, device: str) -> None:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Any shapes, block edges more often, and any bounds."""
-    edges = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 48])
-    size = edges | st.integers(1, 50)
+    edges = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33])
+    size = edges | st.integers(1, 40)
     B, T = draw(st.integers(1, 2)), draw(size)
     S = draw(st.just(T) | size)
     G, heads = draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (3, 1), (1, 32)]))
     if heads == 32:
-        T = min(T, 17)
+        B, T = 1, min(T, 2)
     bound = st.integers(-2, S + 3) | edges
     bounds: dict[str, Any] = {}
     for name in draw(st.sets(st.sampled_from(["start", "prefix", "segment", "length"]))):
@@ -190,12 +192,12 @@ def cases(draw: st.DrawFn) -> Case:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(
-    max_examples=12 if INTERPRETED else 40, deadline=None, derandomize=True,
+    max_examples=8 if INTERPRETED else 40, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(case=cases())
 def test_any_shape(dtype: torch.dtype, device: str, case: Case) -> None:
-    check(case, dtype, device)
+    check(case, dtype, device, twice=False)
 
 
 @pytest.mark.real_tiles
@@ -257,162 +259,188 @@ def test_opcheck(device: str) -> None:
         torch.library.opcheck(module.attention_op, (*leaves, *bounds, 0.3))
 
 
-MUTANTS = {  # name: (kernel, what is replaced, by what, how often it stands there)
+MUTANTS = {  # name: (kernel, what is replaced, by what, how often it stands there, the case that shows it)
     "mask off by one": (
         "sight",
         "(S - T) + 1, S)",
         "(S - T), S)",
         1,
+        "causal",
     ),
     "prefix lost": (
         "sight",
         "tl.maximum(read, past), read)",
         "past, read)",
         1,
+        "prefix",
     ),
     "padding seen": (
         "sight",
         "tl.load(start + row * start_row + i * start_query, mask=there, other=0), 0)",
         "0, 0)",
         1,
+        "padding",
     ),
     "other samples seen": (
         "sight",
         "low2 = tl.where(touch, 0, near)",
         "low2 = tl.where(touch, 0, low)",
         1,
+        "packed",
     ),
     "length of another row": (
         "sight",
         "length + row * length_row",
         "length",
         1,
+        "cache",
     ),
     "query's bound taken for the row's": (
         "sight",
         "prefix_row + i * prefix_query",
         "prefix_row",
         1,
+        "packed",
     ),
     "a block too few": (
         "live_blocks",
         "tl.cdiv(tl.max(tl.where(some, high, 0)), size)",
         "tl.max(tl.where(some, high, 0)) // size",
         1,
+        "causal",
     ),
     "a block without mask too many": (
         "live_blocks",
         "tl.min(tl.where(there, high, never)) // size",
         "tl.cdiv(tl.min(tl.where(there, high, never)), size)",
         1,
+        "causal",
     ),
     "first block skipped": (
         "live_blocks",
         "tl.min(tl.where(some, low, never)) // size",
         "tl.min(tl.where(some, low, never)) // size + 1",
         1,
+        "causal",
     ),
     "runs mixed up": (
         "nth",
         "first3 + n3",
         "first2 + n3",
         1,
+        "answers to one question",
     ),
     "loads past the end": (
         "rows_of",
         "mask=((first + i)[:, None] < end) & (c",
         "mask=((first + i)[:, None] <= end) & (c",
         1,
+        "causal",
     ),
     "channels past the end": (
         "rows_of",
         "(c[None, :] < width)",
         "(c[None, :] <= width)",
         1,
+        "causal",
     ),
     "stores past the end": (
         "store_rows",
         "(first + i)[:, None] < end",
         "(first + i)[:, None] <= end",
         1,
+        "causal",
     ),
     "stores too wide": (
         "store_rows",
         "c[None, :] < width",
         "c[None, :] <= width",
         1,
+        "causal",
     ),
     "sum not rescaled": (
         "attention_kernel",
         "a = a * rescale[:, None]",
         "a = a",
         2,
+        "causal",
     ),
     "weights not rescaled": (
         "attention_kernel",
         "w = w * rescale + tl.sum(p, 1)",
         "w = w + tl.sum(p, 1)",
         2,
+        "causal",
     ),
     "wrong key head": (
         "attention_kernel",
         "head // heads * k_head",
         "0 * k_head",
         1,
+        "groups",
     ),
     "stride of another tensor": (
         "attention_kernel",
         "head // heads * v_head",
         "head // heads * k_head",
         1,
+        "groups",
     ),
     "lse in base 2": (
         "attention_kernel",
         "(m + tl.log2(w)) * 0.6931471805599453",
         "(m + tl.log2(w))",
         1,
+        "causal",
     ),
     "empty row divided by": (
         "attention_kernel",
         "tl.where(w == 0, 1.0, w)",
         "w",
         1,
+        "nothing to see",
     ),
     "gradient of lse lost": (
         "gradient_kernel_q",
         "d -= tl.load(dlse + at, mask=i < T, other=0.0)",
         "pass",
         1,
+        "causal",
     ),
     "dq not scaled": (
         "gradient_kernel_q",
         "grad * out_scale",
         "grad",
         1,
+        "causal",
     ),
     "a head of the group left out": (
         "gradient_kernel_kv",
         "group * heads + heads)",
         "group * heads + heads - 1)",
         1,
+        "groups",
     ),
     "last block of queries lost": (
         "gradient_kernel_kv",
         "last = tl.where(live, n + 1, last)",
         "last = tl.where(live, n, last)",
         1,
+        "prefix",
     ),
     "first block of queries lost": (
         "gradient_kernel_kv",
         "tl.maximum(block * keys - (S - T), 0) // queries",
         "tl.maximum(block * keys - (S - T) + keys, 0) // queries",
         1,
+        "one width",
     ),
     "gradient without mask": (
         "gradient_kernel_kv",
         "low2[None, :], high2[None, :], bounded), p, 0.0)",
         "low2[None, :], high2[None, :], bounded) | (j >= 0), p, 0.0)",
         1,
+        "causal",
     ),
 }
 
@@ -420,15 +448,10 @@ MUTANTS = {  # name: (kernel, what is replaced, by what, how often it stands the
 @kernel
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    which, right, wrong, times = MUTANTS[name]
+    which, right, wrong, times, case = MUTANTS[name]
     put_in(monkeypatch, tmp_path, module, which, right, wrong, times)
-
-    def check_all() -> None:
-        for case in CASES.values():
-            check(case, torch.float16, "cpu")
-
     with pytest.raises(AssertionError):
-        check_all()
+        check(CASES[case], torch.float16, "cpu")
 
 
 @directly
