@@ -30,11 +30,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from glm.errors import GLMError, PromptError
 from glm.generation import generate
 from glm.layout import Blank, Layout
 from glm.model import GLM
+from glm.norms import wide
 from glm.spec import Spec
 from glm.tokenizer import Tokenizer
 
@@ -93,6 +95,14 @@ class Sample:
     def layout(self) -> Layout:
         """Both position axes, and who sees whom: one row, [1, T, 2]."""
         return Layout.blanks(len(self.read), [(place, len(span) + 1) for place, span in self.written])
+
+
+def loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of targets [B, T] under logits [B, T, V], those that are IGNORED left out.
+
+    Unshifted: `Sample.targets`, as the labels of the official code, already are what comes after each token.
+    """
+    return F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
 def batch(samples: Sequence[Sample], pad: int) -> tuple[Tensor, Tensor, Layout]:

@@ -51,6 +51,7 @@ class GLM(nn.Module):
         self.spec = spec
         with torch.device("meta"):
             self.embedding = empty_embedding(spec.vocabulary, spec.width)
+            self.places = None if spec.learned is None else spec.learned.build(spec.width)
             self.prefix = None
             if spec.prefix is not None:
                 mixer = spec.blocks[0].mixer
@@ -124,6 +125,11 @@ class GLM(nn.Module):
     def layout(self, ids: Tensor, real: Tensor | None = None) -> Layout:
         """What the release makes of ids [B, T]; `real` bool [B, T] is False on padding."""
         return self.spec.reading.read(ids, real)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Ids [B, T] at positions [B, T, A] -> the stream before the first block, [B, T, D]."""
+        x: Tensor = self.embedding(ids)
+        return x if self.places is None else x + self.places(positions)
 
     def start(self) -> Sequence[Memory]:
         """One memory a layer for a pass without a cache: nothing, or the learned prefix."""
@@ -201,7 +207,7 @@ class GLM(nn.Module):
         rotation = self.spec.rotary.rotation(layout.positions, self.dtype)
         memories = self.start() if cache is None else cache.memories()
 
-        x = self.embedding(ids)  # [B T D]
+        x = self.embed(ids, layout.positions)  # [B T D]
         states = [x]
         for block, memory in zip(self.blocks, memories, strict=True):
             x = block(x, rotation, mask, memory)

@@ -15,7 +15,7 @@ from glm.feed_forward import FeedForward
 from glm.layout import LayoutRule
 from glm.linear import Weights
 from glm.norms import Norm
-from glm.positions import Rotary
+from glm.positions import Learned, Rotary, Unturned
 from glm.prefix import Prefix
 from glm.residual import Wiring
 
@@ -38,7 +38,7 @@ class Spec:
     width: int  # D
     context: int  # tokens the release was trained or published for
     reading: LayoutRule  # ids -> positions and visibility
-    rotary: Rotary
+    rotary: Rotary | Unturned
     blocks: tuple[Block, ...]
     final_norm: Norm | None
     tied: bool  # the head is the embedding
@@ -46,6 +46,7 @@ class Spec:
     weights: Weights  # how the matrices of the blocks are stored
     pad: int | None
     stop: tuple[int, ...]  # ids that end a text
+    learned: Learned | None = None  # position tables added to the embedding; only the first generation has any
 
     def __str__(self) -> str:
         """The tree, one field a line, equal neighbouring blocks written once."""

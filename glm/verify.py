@@ -10,7 +10,8 @@ release's own code made of it:
     meta.json                    how they were made, and how far off the reference itself is
 
 Tensors are called `<scenario>.<what>`. A scenario is whatever has `input_ids`; checked is whatever it has of
-`logits`, `hidden.*`, `decode.tokens` with `decode.logits` and `decode.position_ids`, and `generated`. The inputs
+`logits`, `hidden.*`, `decode.tokens` with `decode.logits` and `decode.position_ids`, `generated`, `labels` with
+`loss`, and `logits_tanh_gelu` (the same weights with the other form of GELU). The inputs
 `position_ids` and `attention_mask` are fed as they are; where they are what the release itself makes of the ids,
 they are also left out, and the model has to find them. Padding is fed, but what comes out there is undefined and
 not compared.
@@ -21,7 +22,7 @@ precision no two correct programs agree: there the rms error against float64 may
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from os import PathLike
 from pathlib import Path
@@ -39,12 +40,16 @@ from glm.errors import CheckpointError
 from glm.family import recognise
 from glm.fields import Fields, read_object
 from glm.generation import generate
+from glm.infilling import loss
 from glm.layout import Layout
 from glm.linear import RowScaledLinear
 from glm.model import GLM
+from glm.positions import Rotary
+from glm.spec import Block, Spec
 
 FLOAT64_RELATIVE = 1e-9
 FLOAT32_ABSOLUTE = 2e-4  # what two correct float32 programs may differ by where logits and states are of size 1 to 10
+FLOAT32_SIZE = 10.0  # where states are larger than that, in proportion
 FLOAT32_NOISES = 10.0  # the same in units of the reference's own float32 error, where that was measured
 HALF_RATIO = 1.5  # errors of two correct half precision programs differ by 10 to 25 %
 HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -275,15 +280,24 @@ def pairs(model: GLM, s: Scenario) -> Iterator[Pair]:
     ids, tokens, device = s.ids.to(model.device), s.tokens.to(model.device), model.device
     cache = model.new_cache(len(ids), ids.shape[1] + tokens.shape[1])
 
-    logits, states = model(ids, s.layout(device), cache, hidden=True)
+    layout = s.layout(device)
+    own = model.layout(ids, None if bool(s.real.all()) else s.real.to(device)) if s.natural else None
+    if layout is not None and own is not None:
+        layout.step = own.step  # how places go on is not among what the reference was given
+    logits, states = model(ids, layout, cache, hidden=True)
     yield s.pair("logits", s.golden.logits, logits)
     for what, state in hidden(s, states):
         yield s.pair("hidden states", what, state)
-    if s.natural:
-        own = model.layout(ids, None if bool(s.real.all()) else s.real.to(device))
+    if own is not None:
         yield s.pair("logits, own layout", s.golden.logits, model(ids, own))
         if s.positions is not None:
             yield s.pair("positions", "position_ids", own.positions)
+    if "labels" in s and not s.golden.half:
+        labels = s.golden.expect(f"{s.name}.labels", *ids.shape, whole=True)
+        yield Pair("loss", "loss", loss(logits.cpu(), labels)[None], s.golden.expect(f"{s.name}.loss", 1))
+    if (what := f"{s.golden.logits}_tanh_gelu") in s:
+        other = model_with(replace(model.spec, blocks=tuple(map(with_tanh, model.spec.blocks))), model)
+        yield s.pair("logits, tanh GELU", what, other(ids, layout))
     if tokens.numel():
         yield from decoded(model, s, ids, tokens, cache)
     if "generated" in s:
@@ -302,6 +316,19 @@ def hidden(s: Scenario, states: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
             at = int(number) + 1 if number.isdecimal() else blocks + 1 if where.startswith("final") else 0
             found[at] = f"hidden.{where}"
     return [(found[at], states[at]) for at in sorted(found)]
+
+
+def with_tanh(block: Block) -> Block:
+    """The same block with the tanh form of GELU in place of the exact one."""
+    branches = tuple("gelu_tanh" if name == "gelu" else name for name in block.feed_forward.branches)
+    return replace(block, feed_forward=replace(block.feed_forward, branches=branches))
+
+
+def model_with(spec: Spec, model: GLM) -> GLM:
+    """A model of another spec with the very parameters of this one."""
+    other = GLM(spec, device="meta", dtype=model.dtype)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other.train(False)
 
 
 def decoded(model: GLM, s: Scenario, ids: Tensor, tokens: Tensor, cache: Cache) -> Iterator[Pair]:
@@ -336,7 +363,9 @@ def greedy(model: GLM, s: Scenario, ids: Tensor) -> Pair:
         while len(new) < count:
             new.append(model(new[-1], cache=cache).argmax(-1))
         ours = [until(row, model.spec.stop) for row in torch.cat(new, dim=1).tolist()]
-    stop = Fields(s.golden.config, "config.json").ids("eos_token_id")
+    config = s.golden.config
+    own = recognise(config).spec(config, s.golden.folder.name)
+    stop = Fields(config, "config.json").ids("eos_token_id") or own.stop
     theirs = [until(row, stop) for row in generated.tolist()]
     filled = [torch.tensor([row + [-1] * (count - len(row)) for row in rows]) for rows in (ours, theirs)]
     return Pair("greedy", "generated", *filled)
@@ -367,6 +396,7 @@ def model_pairs(model: GLM, golden: Golden) -> Iterator[Pair]:
         ours = ours.permute(0, 1, 4, 2, 3, 5)
         yield Pair("learned prefix", name, ours.cpu(), golden.expect(name, *ours.shape))
     if (name := "rotary.inv_freq") in golden.tensors:
+        assert isinstance(model.spec.rotary, Rotary)
         ours = model.spec.rotary.frequencies(model.spec.rotary.widths[0])
         yield Pair("rotary frequencies", name, ours, golden.expect(name, *ours.shape))
 
@@ -444,8 +474,8 @@ def allowed(pair: Pair, golden: Golden, tolerance: float | None) -> tuple[float,
     if not pair.expected.is_floating_point() or pair.quantity in ("dequantised weights", "rotary frequencies"):
         return 0.0, 0.0
     noises = math.inf if golden.noise is None else FLOAT32_NOISES * golden.noise
-    if "logits" not in pair.quantity:
-        return FLOAT32_ABSOLUTE, noises
+    if "logits" not in pair.quantity and pair.quantity != "loss":
+        return FLOAT32_ABSOLUTE * max(1.0, rms(pair.expected) / FLOAT32_SIZE), noises
     if tolerance is not None:
         return math.inf, tolerance
     if golden.dtype == pair.expected.dtype == torch.float64:

@@ -18,7 +18,7 @@ from shutil import copyfile, rmtree
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-DENSE = ("chatglm1-", "chatglm2-", "chatglm3-", "glm4-9b-", "hf_glm-", "hf_glm4-")
+DENSE = ("glm10b-", "glm130b-", "chatglm1-", "chatglm2-", "chatglm3-", "glm4-9b-", "hf_glm-", "hf_glm4-")
 EXPENDABLE = (
     "chatglm2-base",  # as chatglm3-base
     "chatglm2-int8",  # names as chatglm2-int4, bits as chatglm1-int8
@@ -27,11 +27,12 @@ EXPENDABLE = (
 SPARE = {  # scenarios by the beginning of the case's name
     "chatglm1-base": ("mask_with_target", "gmask_with_target"),  # in chatglm1-sensitive
     "chatglm1-ptuning": ("batch",),
+    "glm10b-sensitive": ("right_pad",),
     "chatglm2": ("batch", "gapped_positions"),
     "chatglm3": ("batch",),
     "glm4-9b": ("batch", "gapped_positions"),
 }
-INPUTS = ("input_ids", "position_ids", "attention_mask", "tokens", "generated")
+INPUTS = ("input_ids", "position_ids", "attention_mask", "tokens", "generated", "labels", ".loss")
 OTHERS = ("dequantised.", "rotary.inv_freq", "prefix.past_key_values")
 
 
@@ -56,7 +57,7 @@ def trim(source: Path, target: Path) -> None:
         tensors = load_file(source / file)
         return {name: x for name, x in tensors.items() if name.split(".")[0] not in spare and read(name)}
 
-    exact = chosen("reference64.safetensors", lambda name: name.endswith("logits"))
+    exact = chosen("reference64.safetensors", lambda name: name.endswith(("logits", "logits_tanh_gelu", ".loss")))
     save(exact, target / "reference64.safetensors")
     single = chosen("reference.safetensors", lambda name: needed(name) and name not in exact)
     save(single, target / "reference.safetensors")

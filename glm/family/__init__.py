@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from glm.errors import ConfigError, GLMError
-from glm.family import chatglm, chatglm2, glm4, glm4_0414
+from glm.family import chatglm, chatglm2, glm4, glm4_0414, glm_10b, glm_130b
 from glm.family.generation import Generation, Release
 
 GENERATIONS: tuple[Generation, ...] = (
+    glm_10b.GENERATION,
+    glm_130b.GENERATION,
     chatglm.GENERATION,
     chatglm2.GENERATION,
     glm4.GENERATION,

@@ -134,6 +134,7 @@ def spec(config: Config, name: str) -> Spec:
 
 def config(spec: Spec) -> dict[str, Any]:
     """The config.json of a spec, in the official field names."""
+    assert isinstance(spec.rotary, Rotary)
     block, scaling = spec.blocks[0], spec.rotary.scaling
     fields: dict[str, Any] = {
         "architectures": ["ChatGLMModel"],

@@ -9,6 +9,7 @@ import torch
 
 from glm.checkpoint import Packing, Stored
 from glm.errors import ConfigError
+from glm.parts import Cut
 from glm.spec import Spec
 
 Config = Mapping[str, Any]
@@ -46,7 +47,8 @@ class Generation:
 
     `spec(config, name)` reads a config.json (`name` is the folder's, for what the config leaves out) and raises
     ConfigError; `config(spec, dtype)` writes it back. `ignorable` are patterns of tensor names that published
-    files carry and the model does not use.
+    files carry and the model does not use. Where the training code's own files were published, `cuts` say how it
+    cut tensors for several devices, and `original` makes a config.json of the shapes of all whole tensors.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Generation:
     names: tuple[Name, ...]
     ignorable: tuple[str, ...]
     releases: tuple[Release, ...]
+    cuts: tuple[Cut, ...] = ()
+    original: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
 
     def table(self, spec: Spec, config: Config, parameters: Iterable[str]) -> list[Stored]:
         """Where each of our `parameters` lies on disk, in the order of the parameters."""

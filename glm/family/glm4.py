@@ -96,6 +96,7 @@ def spec(config: Config, name: str, wiring: Wiring = Pre()) -> Spec:
 
 def config(spec: Spec) -> dict[str, Any]:
     """The config.json of a spec, in the official field names."""
+    assert isinstance(spec.rotary, Rotary)
     block = spec.blocks[0]
     return {
         "architectures": ["GlmForCausalLM"],
