@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from glm.blanks import score
     from glm.cache import Cache
     from glm.errors import (
         CacheError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from glm.tokenizer import Tokenizer
 
 HOMES = {
+    "glm.blanks": ("score",),
     "glm.cache": ("Cache",),
     "glm.packaged": ("embedded",),
     "glm.errors": (
@@ -85,6 +87,7 @@ __all__ = [
     "release",
     "releases",
     "save_pretrained",
+    "score",
     "stream",
 ]
 

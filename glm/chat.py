@@ -68,6 +68,12 @@ class TextFormat:
     templates: bool  # whether the chat template in a checkpoint, if any, is how the release prompts
     prompt: Callable[[Conversation], list[Part]]
     answer: Callable[[str], list[Message]]  # what the model wrote, as the messages it stands for
+    # What only the models before ChatGLM need to say:
+    blanks: tuple[str, ...] = ("[MASK]",)  # kinds of blanks a text can have; of several kinds, also several blanks
+    swallows: tuple[str, ...] = ()  # tokens that, recognised in a text, drop the white space on their left
+    apart: tuple[str, ...] = ()  # tokens that decoding sets apart by spaces
+    open_ended: bool = False  # whether a text that ends in a blank is not closed before the blank is filled
+    continues: tuple[str, ...] | None = None  # tokens behind a text to be written on; None: those of `after`
 
 
 def conversation(

@@ -111,6 +111,10 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder}: has weights as .bin files only; `glm convert {folder} DST` makes safetensors of them"
             )
+        if any(folder.glob("mp_rank_*_model_states.pt")) or (folder / "latest").is_file():
+            raise CheckpointError(
+                f"{folder}: has the parts of a training run; `glm convert {folder} DST` makes safetensors of them"
+            )
         raise CheckpointError(f"{folder}: has neither {WEIGHTS} nor {INDEX}")
 
     @property

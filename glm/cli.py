@@ -377,7 +377,7 @@ def complete(
     model, tokenizer = opened(source, dtype, device)
     from glm.talk import spelt, written
 
-    prompt = tokenizer.encode(text, special=True)
+    prompt = tokenizer.continuation(text)
     room = min(max_new_tokens, model.spec.context - len(prompt))
     if room < 1:
         raise GLMError(f"the text has {len(prompt):,} tokens and the model takes {model.spec.context:,}: shorten it")

@@ -9,11 +9,16 @@ on top of each other, such as the two branches of a GLU, is cut block by block: 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from glm.errors import CheckpointError
+from glm.fields import shown
+
+FILE = re.compile(r"mp_rank_(\d{2})_model_states\.pt")
+LATEST = "latest"  # a file that names the folder of the newest parts
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,26 @@ class Cut:
         """The way back: views of what each device gets, to be concatenated where there are several blocks."""
         blocks = [block.chunk(parts, dim=self.axis) for block in whole.chunk(self.blocks, dim=self.axis)]
         return [torch.cat([block[part] for block in blocks], dim=self.axis) for part in range(parts)]
+
+
+def part_files(folder: Path) -> list[Path]:
+    """The files of the parts in `folder`, or in the one its `latest` names, in the order of their devices; maybe none.
+
+    Raises CheckpointError where one is missing between others, or `latest` names no folder in here.
+    """
+    found = {int(match[1]): path for path in folder.iterdir() if (match := FILE.fullmatch(path.name))}
+    if not found and (folder / LATEST).is_file():
+        with (folder / LATEST).open(encoding="utf-8", errors="replace") as file:
+            name = file.read(200).strip()
+        if not re.fullmatch(r"\w[\w.\-]*", name) or not (folder / name).is_dir() or (folder / name).is_symlink():
+            raise CheckpointError(f"{folder / LATEST}: names {shown(name)}, which is no folder beside it")
+        return part_files(folder / name)
+    for number in range(len(found)):
+        if number not in found:
+            raise CheckpointError(
+                f"{folder}: has {len(found)} parts, but mp_rank_{number:02d}_model_states.pt is missing"
+            )
+    return [found[number] for number in range(len(found))]
 
 
 def cut_of(name: str, cuts: Iterable[Cut]) -> Cut | None:

@@ -48,7 +48,8 @@ class Generation:
     `spec(config, name)` reads a config.json (`name` is the folder's, for what the config leaves out) and raises
     ConfigError; `config(spec, dtype)` writes it back. `ignorable` are patterns of tensor names that published
     files carry and the model does not use. Where the training code's own files were published, `cuts` say how it
-    cut tensors for several devices, and `original` makes a config.json of the shapes of all whole tensors.
+    cut tensors for several devices, `original` makes a config.json of the shapes of all whole tensors, and `mended`
+    gives a whole tensor (by config, name and what was stored) the form that the later, official files have.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Generation:
     releases: tuple[Release, ...]
     cuts: tuple[Cut, ...] = ()
     original: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
+    mended: Callable[[Config, str, torch.Tensor], torch.Tensor] | None = None
 
     def table(self, spec: Spec, config: Config, parameters: Iterable[str]) -> list[Stored]:
         """Where each of our `parameters` lies on disk, in the order of the parameters."""

@@ -202,6 +202,14 @@ def original(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     )
 
 
+def mended(config: Config, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """10B-Chinese was trained with one id, 50007, for <|endofpiece|> and [gMASK]; the latter is 50009 since."""
+    if name == "word_embeddings.weight" and (config["num_layers"], config["vocab_size"]) == (48, 50048):
+        tensor = tensor.clone()
+        tensor[50009] = tensor[50007]
+    return tensor
+
+
 HALF = torch.float16
 BASE = build(layers=12, width=768, heads=12, vocabulary=30592, context=512)
 LARGE = build(layers=24, width=1024, heads=16, vocabulary=30592, context=512)
@@ -228,4 +236,5 @@ GENERATION = Generation(
     releases=RELEASES,
     cuts=CUTS,
     original=original,
+    mended=mended,
 )
