@@ -292,9 +292,10 @@ class WordPieces(Vocabulary):
         return self._model.encode(text).ids
 
     def spell(self, id: int) -> bytes:
-        """An id's bytes, with the space before a word."""
+        """An id's bytes, with the space before a word, of which there is none before a sign that closes one."""
         piece = self.piece(id)
-        return (piece[2:] if piece.startswith("##") else f" {piece}" if piece else "").encode()
+        space = "" if piece in (".", "?", "!", ",", "") else " "
+        return (piece[2:] if piece.startswith("##") else space + piece).encode()
 
     def piece(self, id: int) -> str:
         """The piece as the file has it, `##` before an ending."""
@@ -334,10 +335,14 @@ class Apart(Stream):
 
     def put(self, id: int) -> str:
         """The text that `id` completes."""
-        text = self._stream.put(id)
+        special = index(id) in self._apart
+        unfinished = self._stream.end() if special else ""
+        return self._beside(unfinished, False) + self._beside(self._stream.put(id), special)
+
+    def _beside(self, text: str, special: bool) -> str:
+        """`text` with the space that belongs before it."""
         if not text:
             return ""
-        special = id in self._apart
         space = " " if self._begun and (special or self._owed) else ""
         self._begun, self._owed = True, special
         return space + text
