@@ -4,7 +4,7 @@
     teach    context, pad … | <sop> x1 x2 …, pad            targets x1 x2 … <eop>, not shifted: what comes after each
     compare  context, pad … | <sop> a1 a2 | <sop> b1 b2 …   candidates that see the context and themselves
 
-Shorter contexts are padded on the right, inside the row, as the first GLM's own tokenizer does it; places go on
+Shorter contexts are padded on the right, inside the row, as the official tokenizers do it; places go on
 counting over the padding, and nobody sees it. A candidate is scored by the sum of its tokens' log-probabilities, all
 candidates in one pass over one row: each stands at the same place and none sees another.
 """
@@ -129,7 +129,7 @@ def score(model: GLM, tokenizer: Tokenizer, text: str, candidates: Sequence[str]
     """
     reading = model.spec.reading
     if not isinstance(reading, Blank):
-        raise GLMError("this model fills no blanks: take a GLM of 2021, GLM-130B, ChatGLM-6B or tiny-glm")
+        raise GLMError("this model fills no blanks: take one that reads both ways, such as tiny-glm")
     context, encode = tokenizer.infill(text)[:-1], plain(tokenizer)
     choices = [encode(candidate) for candidate in candidates]
     rows = compare(reading, [context], [choices], tokenizer.pad)

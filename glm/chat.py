@@ -68,7 +68,7 @@ class TextFormat:
     templates: bool  # whether the chat template in a checkpoint, if any, is how the release prompts
     prompt: Callable[[Conversation], list[Part]]
     answer: Callable[[str], list[Message]]  # what the model wrote, as the messages it stands for
-    # What only the models before ChatGLM need to say:
+    # What only models need to say that were trained on blanks of several kinds:
     blanks: tuple[str, ...] = ("[MASK]",)  # kinds of blanks a text can have; of several kinds, also several blanks
     swallows: tuple[str, ...] = ()  # tokens that, recognised in a text, drop the white space on their left
     apart: tuple[str, ...] = ()  # tokens that decoding sets apart by spaces

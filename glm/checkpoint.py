@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from glm.atomic import new_folder
 from glm.errors import CheckpointError
 from glm.fields import read_object, shown
+from glm.parts import part_files
 from glm.tensor_file import CODES, Outgoing, Progress, TensorInfo, read_header, read_tensor, scan_tensor, write_tensors
 
 CONFIG = "config.json"
@@ -99,8 +100,12 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such folder")
-        config = read_object(inside(folder, CONFIG), CONFIG_BYTES)
         single, several = ((folder / name).is_file() for name in (WEIGHTS, INDEX))
+        if not (single or several) and part_files(folder):
+            raise CheckpointError(
+                f"{folder}: has the parts of a training run; `glm convert {folder} DST` makes safetensors of them"
+            )
+        config = read_object(inside(folder, CONFIG), CONFIG_BYTES)
         if single and several:
             raise CheckpointError(f"{folder}: has both {WEIGHTS} and {INDEX}; remove the one that is stale")
         if single:
@@ -110,10 +115,6 @@ class Checkpoint:
         if any(folder.glob("*.bin")):
             raise CheckpointError(
                 f"{folder}: has weights as .bin files only; `glm convert {folder} DST` makes safetensors of them"
-            )
-        if any(folder.glob("mp_rank_*_model_states.pt")) or (folder / "latest").is_file():
-            raise CheckpointError(
-                f"{folder}: has the parts of a training run; `glm convert {folder} DST` makes safetensors of them"
             )
         raise CheckpointError(f"{folder}: has neither {WEIGHTS} nor {INDEX}")
 

@@ -61,7 +61,7 @@ class Marks:
     def of(cls, spec: Spec) -> "Marks":
         """Those of a model that fills blanks. Raises GLMError for one that reads from left to right."""
         if not isinstance(spec.reading, Blank) or len(spec.reading.masks) != 2 or len(spec.stop) != 1:
-            raise GLMError("this model fills no blanks as ChatGLM-6B and tiny-glm do")
+            raise GLMError("this model fills no blanks of exactly two kinds, as tiny-glm does")
         gmask, mask = spec.reading.masks
         return cls(mask=mask, gmask=gmask, sop=spec.reading.sop, eop=spec.stop[0])
 
@@ -265,13 +265,13 @@ class Filled:
 def fill(model: GLM, tokenizer: Tokenizer, text: str, *, max_new_tokens: int = 256, **sampling: Any) -> Filled:
     """Fills every [MASK] of `text`, from left to right; each is written knowing what the earlier ones became.
 
-    Models before ChatGLM have `[sMASK]` and `[gMASK]` as well, and their own ways (`in_turn`, `one_by_one`).
+    Models that know `[sMASK]` and `[gMASK]` as well have their own ways (`in_turn`, `one_by_one`).
     `sampling` is what `glm.generate` takes besides: temperature, top_p, seed and so on; the default is greedy.
 
     Raises PromptError for a text without a [MASK], GLMError for a model or tokenizer that fills none.
     """
     if not isinstance(model.spec.reading, Blank):
-        raise GLMError("this model fills no blanks: take a GLM of 2021, GLM-130B, ChatGLM-6B or tiny-glm")
+        raise GLMError("this model fills no blanks: take one that reads both ways, such as tiny-glm")
     if MASK not in text and (tokenizer is None or not any(kind in text for kind in tokenizer.format.blanks)):
         raise PromptError(f"there is no {MASK} in the text: write it where something is missing")
     if len(tokenizer.format.blanks) > 1:

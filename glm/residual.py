@@ -7,7 +7,7 @@
 
 `Scaled` is `Deep`'s chain cut one norm earlier: what a DeepNorm block hands to the next is normalised there first,
 so h = n(x) is the stream and αh + f(h) its update. The two compute the same, with one norm before the first block
-instead of one behind the last. All published GLMs are cut this way, GLM-130B too.
+instead of one behind the last. Every published GLM with DeepNorm is written in the cut form.
 """
 
 from collections.abc import Callable

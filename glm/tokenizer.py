@@ -164,7 +164,7 @@ class Tokenizer:
     def infill(self, text: str) -> list[int]:
         """Ids that ask the model for what belongs in the one `[MASK]` of `text`.
 
-        Models before ChatGLM know several kinds of blanks, and a text may have several; they ask for the first.
+        Where the release knows several kinds of blanks, a text may have several; they ask for the first.
         PromptError: another number of masks, or a release that was not trained to fill them.
         """
         format = self.format

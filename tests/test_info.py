@@ -34,6 +34,10 @@ def spec_of(folder: Path):
 @pytest.mark.parametrize(
     ("name", "count"),
     {
+        "glm-base": 109_338_624,
+        "glm-large": 334_688_256,
+        "glm-10b": 9_880_682_496,
+        "glm-130b": 128_697_794_560,
         "chatglm-6b": 6_707_929_088,
         "chatglm-6b-int4": 6_707_929_088,
         "chatglm2-6b": 6_243_584_000,

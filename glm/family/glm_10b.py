@@ -9,7 +9,9 @@ GELU is the exact one with the error function in the code that the published fil
 read them), and the tanh form in the training code (`hidden_act` "gelu_new" here). `attention_scale` of a config
 only moves a factor from one side of the softmax to the other, for float16's sake. The code hides keys by scores of
 -65504: a token that sees anything gives them no weight at all, in any precision, so that they may as well be left
-out; only padding, which sees nothing, would come out as the average of everything, and nobody reads that.
+out; only padding, which sees nothing, would come out as the average of everything, and nobody reads that. An
+`attention_mask` that is a number for each row is `Layout.rule(positions, prefix=numbers)`, one that is a matrix
+`Layout(positions, matrix)`.
 """
 
 from collections.abc import Mapping
