@@ -35,7 +35,7 @@ from glm.errors import CheckpointError, ConfigError, GLMError
 from glm.family import GENERATIONS, recognise
 from glm.family.generation import Generation
 from glm.fields import read_object, shown
-from glm.linear import unpack_int4
+from glm.linear import RowScaled, unpack_int4
 from glm.parts import cut_of, part_files, same_everywhere
 from glm.progress import progress_bar
 from glm.tensor_file import CODES, Outgoing, TensorInfo
@@ -128,7 +128,8 @@ def convert_parts(source: Path, destination: Path, dtype: torch.dtype | None, qu
         except (KeyError, ValueError, IndexError, ConfigError) as error:
             raise CheckpointError(f"{source}: these are no parts of a whole {generation.name}: {error}") from None
     parts.most = max(info.nbytes for info in wholes.values())
-    bits = int(config.get("quantization_bit") or 0)
+    weights = generation.spec(config, source.name).weights
+    bits = weights.bits if isinstance(weights, RowScaled) else 0
     if bits and not scaled_alike(generation, parts):
         config = {key: value for key, value in config.items() if key != "quantization_bit"}
         wholes = {name: written_out(name, wholes, bits) for name in wholes if not name.endswith(SCALE)}
@@ -224,7 +225,7 @@ class Parts:
         self.tensors: list[Mapping[str, Tensor]] = []
 
     def read(self, name: str) -> list[Tensor]:
-        """One tensor of each part, valid until a later call."""
+        """One tensor of each part, mapped for as long as it is kept."""
         self.held += sum(claimed[name].nbytes for claimed in self.claimed)
         if self.mappable and self.held > self.most:
             self.tensors, self.held = [], sum(claimed[name].nbytes for claimed in self.claimed)
