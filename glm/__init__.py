@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from glm.cache import Cache
+    from glm.changes import diff
     from glm.errors import (
         CacheError,
         CheckpointError,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 HOMES = {
     "glm.cache": ("Cache",),
+    "glm.changes": ("diff",),
     "glm.packaged": ("embedded",),
     "glm.errors": (
         "CacheError",
@@ -80,6 +82,7 @@ __all__ = [
     "Spec",
     "Tokenizer",
     "TokenizerError",
+    "diff",
     "embedded",
     "generate",
     "release",

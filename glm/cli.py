@@ -444,27 +444,37 @@ def info(
 
 @app.command(epilog="Example: glm releases")
 def releases() -> None:
-    """The published checkpoints, with their sizes.
+    """The published checkpoints, with their sizes and the card they fit.
 
-    They are known without a file; `glm info NAME` says all of one.
+    Columns: parameters (all/active) in 10⁹; weights in GB as bfloat16 and with the matrices of the blocks in int4
+    (groups of 128, 0.516 B a weight); KiB of cache a token; context (k = 1024); and the smallest card, in GB of
+    memory, that holds one sequence of 8k tokens. `glm info NAME` says all of one.
     """
-    from glm import family
-    from glm.info import need, parameters
-    from glm.memory import size
+    from glm.cards import HEAD, family_table
 
-    table = columns("release", "year", "parameters>", "weights>", "KV/token>", "context>")
+    table = columns("release\n", *(f"{above}\n{below}>" for above, below in HEAD))
     with busy("counting …"):
-        for name, release in family.releases().items():
-            takes = need(release.spec, release.dtype, release.spec.context)
-            table.add_row(
-                name,
-                str(release.year),
-                f"{parameters(release.spec):,}",
-                size(takes.weights),
-                f"{takes.per_token:,} B",
-                f"{release.spec.context:,}",
-            )
+        for line in family_table():
+            table.add_row(line.release.name, *line.cells)
     show(table)
+
+
+@app.command(epilog="Example: glm diff chatglm3-6b glm-4-9b")
+def diff(
+    before: Annotated[str, argument("A", "A name from `glm releases`, a checkpoint folder or a hub id.")],
+    after: Annotated[str, argument("B", "Another one.")],
+) -> None:
+    """What changed from one model to another, field by field.
+
+    Reads no weights. Equal blocks are compared once.
+    """
+    from glm.changes import diff as compare
+
+    found = compare(before, after)
+    if sys.stdout.isatty():
+        show(found)
+    else:
+        print(found)
 
 
 @app.command(epilog="Example: glm tokenize 'General language model' --special")

@@ -8,16 +8,17 @@ forward pass holds besides: its widest activations, and one matrix in full (as l
 """
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from glm import family
-from glm.errors import GLMError, MemoryFitError
+from glm.errors import CheckpointError, GLMError, MemoryFitError
 from glm.family.generation import Generation, Release
 from glm.fields import read_object
 from glm.hub import fetch
@@ -25,7 +26,7 @@ from glm.layout import Causal
 from glm.linear import Dense, RowScaled, Weights
 from glm.memory import Found, memory_found, size
 from glm.model import GLM
-from glm.spec import Spec
+from glm.spec import Block, Spec
 
 USUAL_CONTEXT = 2048  # tokens to leave room for where nobody said how many
 PIECE = 2048  # tokens of a prompt that go through a causal model at once
@@ -104,17 +105,14 @@ def describe(
         raise GLMError(f"weights cannot be stored as {weights!r}; choose one of stored, {', '.join(STORAGES)}")
     if context is not None and context < 1:
         raise GLMError(f"a context of {context} tokens holds nothing; ask for at least 1")
-    release = None if Path(source).is_dir() else family.releases().get(str(source))
-    if release is not None:
-        generation, spec, dtype = family.generation_of(release.name), release.spec, release.dtype
-    else:
-        generation, spec, dtype = _from_config(source, revision)
+    known = named(source, revision)
+    spec, dtype = known.spec, known.dtype
     ways = {"stored": (dtype, spec.weights)} | STORAGES
     tokens = spec.context if context is None else context
     return Info(
         source=str(source),
-        generation=generation.name,
-        release=release,
+        generation=known.generation.name,
+        release=known.release,
         spec=spec,
         dtype=dtype,
         parameters=parameters(spec),
@@ -124,12 +122,29 @@ def describe(
     )
 
 
-def _from_config(source: str | os.PathLike[str], revision: str | None) -> tuple[Generation, Spec, torch.dtype]:
-    """What the config.json of a folder or hub id says."""
-    folder = fetch(source, revision=revision, weights=False)
-    config = read_object(folder / "config.json")
+class Named(NamedTuple):
+    """What a source is called by and says of itself, without its weights."""
+
+    generation: Generation
+    release: Release | None  # where the source names one
+    spec: Spec
+    dtype: torch.dtype  # of what its files hold as floating-point numbers
+
+
+def named(source: str | os.PathLike[str], revision: str | None = None) -> Named:
+    """What a folder, the name of a release, or a hub id (reads its config) stands for.
+
+    Raises CheckpointError where it is none of them, ConfigError for a config.json that is no GLM's.
+    """
+    if not Path(os.path.expanduser(source)).exists() and "/" not in str(source):
+        try:
+            release = family.release(str(source))
+        except GLMError as error:
+            raise CheckpointError(f"{source}: there is no such folder, and {error}") from None
+        return Named(family.generation_of(release.name), release, release.spec, release.dtype)
+    config = read_object(fetch(source, revision=revision, weights=False) / "config.json")
     generation = family.recognise(config)
-    return generation, generation.spec(config, Path(source).name), stored_dtype(config)
+    return Named(generation, None, generation.spec(config, Path(source).name), stored_dtype(config))
 
 
 def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -170,9 +185,23 @@ def need(spec: Spec, dtype: torch.dtype, context: int) -> Need:
 
 @cache
 def tensors(spec: Spec, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Every parameter and buffer of the model, without its numbers; a tied head counts once."""
-    model = GLM(spec, device="meta", dtype=dtype)
-    return (*model.parameters(), *model.buffers())
+    """Every parameter and buffer of the model, without its numbers; a tied head counts once.
+
+    Blocks that are built alike are built once, and stand here as often as the model has them.
+    """
+    distinct = tuple(dict.fromkeys(spec.blocks)) if spec.prefix is None else spec.blocks
+    times: Counter[Block] = Counter(spec.blocks if spec.prefix is None else ())
+    model = GLM(replace(spec, blocks=distinct), device="meta", dtype=dtype)
+    inside = [
+        x for block, module in zip(distinct, model.blocks, strict=True) for x in once(module) * (times[block] or 1)
+    ]
+    model.blocks = torch.nn.ModuleList()
+    return (*once(model), *inside)
+
+
+def once(module: torch.nn.Module) -> list[torch.Tensor]:
+    """A module's parameters and buffers, each once."""
+    return [*module.parameters(), *module.buffers()]
 
 
 def parameters(spec: Spec) -> int:
