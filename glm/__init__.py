@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         GLMError,
         LayoutError,
         MemoryFitError,
+        ParallelError,
         PromptError,
         TokenizerError,
     )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from glm.layout import Layout
     from glm.model import GLM
     from glm.packaged import embedded
+    from glm.parallel import tensor_parallel
     from glm.spec import Block, Spec
     from glm.tokenizer import Tokenizer
 
@@ -53,6 +55,7 @@ HOMES = {
         "GenerationError",
         "LayoutError",
         "MemoryFitError",
+        "ParallelError",
         "PromptError",
         "TokenizerError",
     ),
@@ -61,6 +64,7 @@ HOMES = {
     "glm.generation": ("generate", "stream"),
     "glm.layout": ("Layout",),
     "glm.model": ("GLM",),
+    "glm.parallel": ("tensor_parallel",),
     "glm.spec": ("Block", "Spec"),
     "glm.tokenizer": ("Tokenizer",),
 }
@@ -78,6 +82,7 @@ __all__ = [
     "Layout",
     "LayoutError",
     "MemoryFitError",
+    "ParallelError",
     "PromptError",
     "Spec",
     "Tokenizer",
@@ -89,6 +94,7 @@ __all__ = [
     "releases",
     "save_pretrained",
     "stream",
+    "tensor_parallel",
 ]
 
 

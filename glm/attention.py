@@ -6,7 +6,8 @@ H query heads share G key heads, H/G neighbours each: G = H is multi-head, G = 1
 arXiv:1911.02150), between them grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +16,7 @@ from glm.cache import Memory, Shape
 from glm.layout import Mask
 from glm.linear import Weights
 from glm.positions import Rotation
+from glm.shares import Cut, Run, columns, rows
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,17 @@ class Attention:
     def remembers(self) -> tuple[Shape, ...]:
         """(heads, width) of what a cache keeps for every token: a key and a value."""
         return ((self.groups, self.head_width), (self.groups, self.head_width))
+
+    @property
+    def plan(self) -> Mapping[str, Cut]:
+        """How the matrices are dealt out to ranks: whole heads, of q, k and v each."""
+        q = Run("query heads", self.heads, self.head_width)
+        k = Run("key heads", self.groups, self.head_width, repeated=True)
+        return {"qkv": rows(q, k, k), "out": columns(q)}
+
+    def share(self, rank: int, ranks: int) -> "Attention":
+        """What one of `ranks` ranks holds: fewer heads, and the key heads that go with them."""
+        return replace(self, heads=self.heads // ranks, groups=max(1, self.groups // ranks))
 
 
 class AttentionModule(nn.Module):

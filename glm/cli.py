@@ -24,7 +24,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from glm.errors import GLMError
+from glm.errors import GLMError, ParallelError
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return run(arguments)
+    from glm.parallel import together
+
+    return together(lambda: run(arguments))
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Run one command; its exit status."""
     try:
         return int(app(arguments, prog_name="glm", standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
@@ -141,6 +150,7 @@ def opened(source: str, dtype: str | None, device: str | None) -> "tuple[GLM, To
     import torch
 
     from glm.hub import fetch
+    from glm.parallel import agreed, mesh_of_all
     from glm.pretrained import load
     from glm.progress import progress_bar
     from glm.tokenizer import Tokenizer
@@ -150,10 +160,17 @@ def opened(source: str, dtype: str | None, device: str | None) -> "tuple[GLM, To
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if total < 64 << 20:
         torch.set_num_threads(1)  # sharing so little work takes longer than doing it
-    kind = getattr(torch, dtype) if dtype else usual_dtype(folder, total, place)
+    kind = getattr(torch, dtype) if dtype else agreed(usual_dtype(folder, total, place))
     tokenizer = Tokenizer.from_pretrained(source)
     with progress_bar(f"loading {called(source)}", total, quiet=total < 1 << 30) as progress:
-        return load(source, dtype=kind, device=place, progress=progress), tokenizer
+        model = load(source, dtype=kind, device=place, progress=progress, mesh=mesh_of_all(place))
+    return model, tokenizer
+
+
+def alone(command: str) -> None:
+    """Raise ParallelError where torchrun started this several times."""
+    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ParallelError(f"{command} is the work of one process, not of {count}: run it without torchrun")
 
 
 def usual_dtype(folder: Path, total: int, device: "torch.device") -> "torch.dtype | None":
@@ -516,13 +533,15 @@ def verify(
     """
     import torch
 
+    from glm.parallel import mesh_of_all
     from glm.verify import verify as held
 
     place, over = placed(device), 0
+    mesh = mesh_of_all(place)
     for folder in folders:
         try:
             with busy(f"verifying {called(folder)} …"):
-                report = held(folder, dtype=getattr(torch, dtype), device=place, tolerance=tolerance)
+                report = held(folder, dtype=getattr(torch, dtype), device=place, tolerance=tolerance, mesh=mesh)
             show(report)
             over += not report.ok
         except GLMError as error:
@@ -549,6 +568,7 @@ def convert(
 
     The folder appears complete or not at all.
     """
+    alone("convert")
     from glm.convert import convert as rewrite
 
     short = {"bfloat16": "bf16", "float16": "fp16"}
@@ -567,6 +587,7 @@ def synthesize(
 
     Files, names and shapes are those of the release.
     """
+    alone("synthesize")
     from dataclasses import replace
 
     from glm import family

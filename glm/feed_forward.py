@@ -6,14 +6,15 @@ One branch `(gelu,)` is the transformer's MLP; `(gelu, identity)` is GeGLU and `
 (Shazeer 2020, arXiv:2002.05202). The branches are stacked in one matrix, in the order of `branches`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glm.linear import Weights
+from glm.shares import Cut, Run, columns, rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -34,6 +35,16 @@ class FeedForward:
     def build(self, width: int, weights: Weights) -> nn.Module:
         """A module [B, T, width] -> [B, T, width] whose matrices are stored as `weights` says."""
         return FeedForwardModule(self, width, weights)
+
+    @property
+    def plan(self) -> Mapping[str, Cut]:
+        """How the matrices are dealt out to ranks: inner channels, the same of every branch."""
+        channels = Run("inner channels", self.inner)
+        return {"up": rows(*[channels] * len(self.branches)), "down": columns(channels)}
+
+    def share(self, rank: int, ranks: int) -> "FeedForward":
+        """What one of `ranks` ranks holds: fewer inner channels."""
+        return replace(self, inner=self.inner // ranks)
 
 
 class FeedForwardModule(nn.Module):

@@ -153,14 +153,25 @@ def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def require_fit(
-    spec: Spec, dtype: torch.dtype, device: torch.device | str | None = None, context: int | None = None
+    spec: Spec,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    context: int | None = None,
+    ranks: int = 1,
 ) -> None:
     """Raise MemoryFitError, with the numbers, unless a model of `spec` in `dtype` fits the device's free memory.
 
-    Room is asked for one sequence of `context` tokens, by default min(2048, what the release takes).
+    Room is asked for one sequence of `context` tokens, by default min(2048, what the release takes). With several
+    `ranks`, `spec` is what one of them holds, except that of the vocabulary it holds its part; on the CPU they share
+    the memory.
     """
     found = memory_found(device)
     asked = need(spec, dtype, min(USUAL_CONTEXT, spec.context) if context is None else context)
+    if ranks > 1:
+        vocabulary = (1 if spec.tied else 2) * spec.vocabulary * spec.width * dtype.itemsize
+        asked = replace(asked, weights=asked.weights - vocabulary + vocabulary // ranks)
+        if found is not None and torch.device(device or torch.get_default_device()).type == "cpu":
+            found = Found(found.bytes // ranks, f"{found.where} to each of {ranks} processes")
     if found is None or asked.bytes <= found.bytes:
         return
     raise MemoryFitError(

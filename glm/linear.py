@@ -45,8 +45,8 @@ class Linear(nn.Linear):
         """Nothing: `GLM` draws its numbers or loads them. (On "meta", torch's own way would import its compiler.)"""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., inputs] -> [..., outputs]."""
-        if x.numel() != self.in_features or x.dtype != torch.float32 or x.device.type != "cpu":
+        """[..., inputs] -> [..., outputs]; a DTensor's rows are dealt out already."""
+        if type(x) is not Tensor or x.numel() != self.in_features or x.dtype != torch.float32 or x.device.type != "cpu":
             return super().forward(x)
         parts = math.gcd(self.out_features, torch.get_num_threads())
         rows = self.weight.view(parts, -1, self.in_features)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from glm.layout import Layout, Mask
 from glm.linear import Dense, Weights, empty_embedding
 from glm.positions import Rotation
 from glm.spec import Block, Spec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class BlockModule(nn.Module):
@@ -90,11 +93,12 @@ class GLM(nn.Module):
         device: torch.device | str | None = None,
         revision: str | None = None,
         prefix: str | PathLike[str] | None = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> "GLM":
         """The model of a checkpoint folder or hub id; `prefix` is a P-Tuning folder. See `glm.pretrained.load`."""
         from glm.pretrained import load  # the way down to files and families starts here
 
-        return load(source, dtype=dtype, device=device, revision=revision, prefix=prefix)
+        return load(source, dtype=dtype, device=device, revision=revision, prefix=prefix, mesh=mesh)
 
     @classmethod
     def from_release(

@@ -4,11 +4,13 @@ P-Tuning v2 (Liu et al. 2021, arXiv:2110.07602) trains only these and leaves the
 take up no positions and are seen by every token.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from glm.linear import empty_embedding
+from glm.shares import Cut, Run, columns, rows
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,11 @@ class Prefix:
     def build(self, layers: int, groups: int, head_width: int) -> nn.Module:
         """A module that returns, called with nothing, the (k, v) of each layer."""
         return PrefixModule(self, layers, groups, head_width)
+
+    def plan(self, layers: int, groups: int, head_width: int) -> Mapping[str, Cut]:
+        """How it is dealt out to ranks: the key heads of every layer's keys and values."""
+        runs = [Run("key heads", groups, head_width, repeated=True)] * (2 * layers)
+        return {"embedding": columns(*runs)} if self.projected is None else {"project.2": rows(*runs)}
 
 
 class PrefixModule(nn.Module):
