@@ -132,25 +132,19 @@ def joined(part: GLM, mesh: "DeviceMesh") -> GLM:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     part.requires_grad_(False)
-    whole = (part.spec.vocabulary, part.spec.width)
-    table = DTensor.from_local(
-        part.embedding.weight.detach(), mesh, [Shard(0)], run_check=False, shape=torch.Size(whole), stride=(whole[1], 1)
-    )
-    head = table
-    if not part.spec.tied:
-        head = DTensor.from_local(
-            part.head.weight.detach(), mesh, [Shard(0)], run_check=False, shape=torch.Size(whole), stride=(whole[1], 1)
-        )
-    part.embedding.weight = nn.Parameter(table, requires_grad=False)
-    part.head.weight = part.embedding.weight if part.spec.tied else nn.Parameter(head, requires_grad=False)
-    summed = summed_style()
+    V, D = part.spec.vocabulary, part.spec.width
+    for module in (part.embedding, part.head):
+        local = module.weight.detach()
+        table = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size((V, D)), stride=(D, 1))
+        module.weight = nn.Parameter(table, requires_grad=False)
+    sublayer = sum_style()
     parallelize_module(
         part,
         mesh,
         {
             "embedding": RowwiseParallel(input_layouts=Replicate()),
-            "blocks.*.mixer": summed,
-            "blocks.*.feed_forward": summed,
+            "blocks.*.mixer": sublayer,
+            "blocks.*.feed_forward": sublayer,
             "head": ColwiseParallel(output_layouts=Replicate()),
         },
     )
@@ -159,21 +153,57 @@ def joined(part: GLM, mesh: "DeviceMesh") -> GLM:
     return part
 
 
-def summed_style() -> Any:
+def sum_style() -> Any:
     """The parallel style of a narrower sublayer: what it makes is a part of a sum, which everybody gets."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate
     from torch.distributed.tensor.parallel import ParallelStyle
 
     class Summed(ParallelStyle):
         def _apply(self, module: nn.Module, device_mesh: "DeviceMesh") -> nn.Module:
             def add(module: nn.Module, given: Any, made: Tensor) -> Tensor:
-                parts = DTensor.from_local(made, device_mesh, [Partial()], run_check=False)
-                return parts.redistribute(placements=[Replicate()]).to_local()
+                return summed(made, device_mesh)
 
             module.register_forward_hook(add)
             return module
 
     return Summed()
+
+
+# ----------------------------------------------------------------------------- training
+
+
+def fully_sharded(model: GLM, mesh: "DeviceMesh") -> None:
+    """Deals every parameter out to the ranks; each block is put together when its turn comes (FSDP2).
+
+    (Zhao et al. 2023, arXiv:2304.11277.) Parameters become DTensors; gradients are averaged over the ranks.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the head is used again after the forward pass
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor that may be dealt out: every rank has to ask for it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def dealt_like(pattern: Tensor, x: Tensor) -> Tensor:
+    """This rank's part of `x`, which every rank has whole, if `pattern` of the same shape is dealt out."""
+    if not hasattr(pattern, "full_tensor") or x.shape != pattern.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, pattern.device_mesh, pattern.placements, src_data_rank=None)
+
+
+def summed(x: Tensor, mesh: "DeviceMesh | None") -> Tensor:
+    """The sum of the ranks' `x`; of one process, `x`."""
+    if mesh is None:
+        return x
+    from torch.distributed.tensor import DTensor, Partial
+
+    return DTensor.from_local(x, mesh, [Partial()], run_check=False).full_tensor()
 
 
 # ----------------------------------------------------------------------------- processes
