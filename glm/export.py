@@ -109,7 +109,7 @@ def renamed(checkpoint: Checkpoint, name: str, generation: str) -> tuple[dict[st
     model = GLM(spec, device="meta")
     shapes = model.state_dict()
     table = source.table(spec, checkpoint.config, shapes)
-    match(model, checkpoint, table, (*source.ignorable, *source.spare_head(spec)))
+    match(model, checkpoint, table, source.unused(spec))
     parts: dict[str, list[Stored]] = {}
     for stored in table:
         parts.setdefault(stored.parameter, []).append(stored)

@@ -200,13 +200,8 @@ def working_bytes(spec: Spec, dtype: torch.dtype, tokens: int) -> int:
     """
     causal = isinstance(spec.reading, Causal)
     T = min(tokens, PIECE) if causal else tokens
-    widest = max(
-        max(
-            3 * (block.mixer.heads + 2 * block.mixer.groups) * block.mixer.head_width,
-            (2 * len(block.feed_forward.branches) + 1) * block.feed_forward.inner,
-        )
-        for block in spec.blocks
-    )
+    parts = (part for block in spec.blocks for part in (block.mixer, block.feed_forward))
+    widest: int = max(part.working(spec.width) for part in parts)
     streams = T * (4 * spec.width + widest) * dtype.itemsize
     mask = 0 if causal else T * tokens * (2 + dtype.itemsize)
     logits = 8 * spec.vocabulary * torch.float32.itemsize

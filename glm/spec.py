@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from glm.attention import Attention
-from glm.feed_forward import FeedForward
 from glm.layout import LayoutRule
 from glm.linear import Weights
 from glm.norms import Norm
@@ -20,14 +18,22 @@ from glm.prefix import Prefix
 from glm.residual import Wiring
 
 
+Mixer = Any
+"""A spec of `attention.py` or of a file like it. It has `build(width, weights)`, `remembers` and `working(width)`; what
+else it has, only those ask who chose it: a generation's file knows which mixer its blocks have."""
+
+Transform = Any
+"""A spec of `feed_forward.py` or of a file like it, with `build(width, weights)` and `working(width)`."""
+
+
 @dataclass(frozen=True)
 class Block:
     """One layer: a mixer of tokens, then a feed-forward, each joined to the stream as `wiring` says."""
 
     wiring: Wiring
     norm: Norm
-    mixer: Attention
-    feed_forward: FeedForward
+    mixer: Mixer
+    feed_forward: Transform
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def caught(spec: Spec, case: Case) -> bool:
     try:
         model = GLM(spec, device="meta")
         table = case.generation.table(spec, case.checkpoint.config, model.state_dict())
-        ignorable = (*case.generation.ignorable, *case.generation.spare_head(spec))
+        ignorable = case.generation.unused(spec)
         match(model, case.checkpoint, table, ignorable)
         fill(model, case.checkpoint, table, ignorable, dtype=torch.float64, device="cpu")
         return any(not row.ok for row in check(model, case.golden))
