@@ -17,7 +17,6 @@ from glm.positions import Rotary
 from glm.prefix import Prefix
 from glm.residual import Wiring
 
-
 Mixer = Any
 """A spec of `attention.py` or of a file like it. It has `build(width, weights)`, `remembers` and `working(width)`; what
 else it has, only those ask who chose it: a generation's file knows which mixer its blocks have."""

@@ -248,7 +248,7 @@ def test_attention_takes_its_rows_in_the_order_q_k_v() -> None:
     rows = (x @ module.qkv.weight.T + module.qkv.bias).view(1, 3, 4, 4).transpose(1, 2)  # heads q0 q1 k v
     y = by_hand(rows[:, :2], rows[:, 2:3], rows[:, 3:], torch.ones(1, 3, 3, dtype=torch.bool).tril())
     expected = y.transpose(1, 2).flatten(2) @ module.out.weight.T + module.out.bias
-    assert same(module(x, rotation, Mask(None, causal=True), Passing(None)), expected)
+    assert same(module(x, rotation, Mask(None, causal=True), Passing(None, {})), expected)
     assert spec.remembers == ((1, 4), (1, 4))
 
 
