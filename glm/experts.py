@@ -31,18 +31,18 @@ class Router:
     groups      the experts lie in so many groups of neighbours,
     kept        of which so many can be chosen from.
     normalised  whether the weights of the chosen are divided by their sum.
-    scaling     c in the equation above.
+    scale       c in the equation above.
     """
 
     groups: int
     kept: int
     normalised: bool
-    scaling: float
+    scale: float
 
 
 @dataclass(frozen=True)
 class Experts:
-    """`count` feed-forwards like `expert`, of which a token goes through the `top`, and `shared` more for every token."""
+    """`count` feed-forwards like `expert`, of which a token goes through `top`, and `shared` more for all tokens."""
 
     expert: FeedForward
     count: int
@@ -122,7 +122,7 @@ class RouterModule(nn.Module):
         weights = s.gather(-1, chosen)
         if self.spec.normalised:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return chosen, weights * self.spec.scaling
+        return chosen, weights * self.spec.scale
 
     def allowed(self, choice: Tensor) -> Tensor:
         """-inf for the experts of groups that are not among the best: [N, E] -> [N, E]."""

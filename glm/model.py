@@ -53,8 +53,7 @@ class GLM(nn.Module):
             self.embedding = empty_embedding(spec.vocabulary, spec.width)
             self.prefix = None
             if spec.prefix is not None:
-                mixer = spec.blocks[0].mixer
-                self.prefix = spec.prefix.build(len(spec.blocks), mixer.groups, mixer.head_width)
+                self.prefix = spec.prefix.build(len(spec.blocks), spec.blocks[0].mixer.remembers)
             self.blocks = nn.ModuleList(BlockModule(block, spec.width, spec.weights) for block in spec.blocks)
             self.final_norm = nn.Identity() if spec.final_norm is None else spec.final_norm.build(spec.width)
             self.head = Dense().linear(spec.width, spec.vocabulary, bias=False)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from glm.cache import Shape
+from glm.errors import ConfigError
 from glm.linear import empty_embedding
 
 
@@ -18,9 +20,16 @@ class Prefix:
     length: int
     projected: tuple[int, int] | None
 
-    def build(self, layers: int, groups: int, head_width: int) -> nn.Module:
-        """A module that returns, called with nothing, the (k, v) of each layer."""
-        return PrefixModule(self, layers, groups, head_width)
+    def build(self, layers: int, remembered: tuple[Shape, ...]) -> nn.Module:
+        """A module that returns, called with nothing, the (k, v) of each layer.
+
+        `remembered` is what a layer remembers of a token. Raises ConfigError where that is not a key and a value.
+        """
+        if len(remembered) != 2 or remembered[0] != remembered[1]:
+            raise ConfigError(
+                "a learned prefix is made of keys and values, and this attention remembers something else"
+            )
+        return PrefixModule(self, layers, *remembered[0])
 
 
 class PrefixModule(nn.Module):

@@ -45,12 +45,9 @@ class SparseAttention:
 
     def build(self, width: int, weights: Weights) -> nn.Module:
         """A module over [B, T, width]. Raises ConfigError where the attention has no bottleneck to index by."""
-        if self.indexer is not None and (
-            self.attention.query_rank is None or self.indexer.width < self.attention.rotary
-        ):
-            raise ConfigError(
-                "an indexer needs queries with a bottleneck, and heads as wide as the channels that rotate"
-            )
+        rank, rotary = self.attention.query_rank, self.attention.rotary
+        if self.indexer is not None and (rank is None or self.indexer.width < rotary):
+            raise ConfigError("an indexer needs the bottleneck of queries, and heads as wide as the channels that turn")
         return SparseAttentionModule(self, width, weights)
 
     @property
@@ -89,7 +86,7 @@ class SparseAttentionModule(nn.Module):
 
 
 def only(chosen: Tensor, latents: Tensor, mask: Mask) -> tuple[Tensor, Mask]:
-    """The latents [B, 1, S, R] that some query sees, and which of them it does, given the chosen [B, T, k] of S keys."""
+    """The latents [B, 1, S, R] that are worth reading, and which of them a query sees; `chosen` is [B, T, k]."""
     B, T, k = chosen.shape
     S = latents.shape[2]
     if k == S:

@@ -131,7 +131,7 @@ def common(f: Fields, norm: RMSNorm) -> dict[str, Any]:
             groups=f.integer("n_group", 1, count, default=1),
             kept=f.integer("topk_group", 1, count, default=1),
             normalised=f.flag("norm_topk_prob", default=True),
-            scaling=f.number("routed_scaling_factor", 1e-9, 1e9, default=1.0),
+            scale=f.number("routed_scaling_factor", 1e-9, 1e9, default=1.0),
         ),
     )
     return {
@@ -187,7 +187,7 @@ def common_config(spec: Spec) -> dict[str, Any]:
         "num_nextn_predict_layers": 0,  # an exported model comes without the layer that predicts further
         "pad_token_id": spec.pad,
         "rms_norm_eps": spec.blocks[0].norm.eps,
-        "routed_scaling_factor": experts.router.scaling,
+        "routed_scaling_factor": experts.router.scale,
         "tie_word_embeddings": spec.tied,
         "topk_group": experts.router.kept,
         "use_cache": True,
@@ -303,7 +303,7 @@ def published(
     width: int,
     inner: int,
     experts: tuple[int, int],
-    scaling: float,
+    scale: float,
     context: int,
     qk_norm: bool,
 ) -> Spec:
@@ -318,7 +318,7 @@ def published(
         dense=dense,
         width=width,
         inner=inner,
-        experts=Experts(swiglu(expert), count, top=8, shared=1, router=Router(1, 1, normalised=True, scaling=scaling)),
+        experts=Experts(swiglu(expert), count, top=8, shared=1, router=Router(1, 1, normalised=True, scale=scale)),
         mixers=(mixer,) * layers,
         vocabulary=151552,
         context=context,

@@ -124,7 +124,7 @@ FLASH = build(
     dense=1,
     width=2048,
     inner=10240,
-    experts=Experts(swiglu(1536), count=64, top=4, shared=1, router=Router(1, 1, normalised=True, scaling=1.8)),
+    experts=Experts(swiglu(1536), count=64, top=4, shared=1, router=Router(1, 1, normalised=True, scale=1.8)),
     mixers=(
         LatentAttention(heads=20, query_rank=768, rank=512, plain=192, rotary=64, value=256, norm=INNER, bias=False),
     )

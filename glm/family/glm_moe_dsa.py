@@ -108,7 +108,7 @@ FIVE = build(
     dense=3,
     width=6144,
     inner=12288,
-    experts=Experts(swiglu(2048), count=256, top=8, shared=1, router=Router(1, 1, normalised=True, scaling=2.5)),
+    experts=Experts(swiglu(2048), count=256, top=8, shared=1, router=Router(1, 1, normalised=True, scale=2.5)),
     mixers=(
         SparseAttention(
             LatentAttention(
