@@ -63,11 +63,13 @@ def rotary(config: Config, f: Fields, mixer: LatentAttention) -> Rotary:
     """The rotation of the channels that carry the position: of all of them, unless the config says otherwise."""
     pairing = "interleaved" if f.flag("rope_interleave", default=True) else "halves"
     context = f.integer("max_position_embeddings", 1, 1 << 30)
-    found = rope.rotary({"partial_rotary_factor": 1.0, **config}, mixer.rotary, context, pairing)
+    turned = {**config, "partial_rotary_factor": config.get("partial_rotary_factor") or 1.0}
+    found = rope.rotary(turned, mixer.rotary, context, pairing)
     if found.widths != (mixer.rotary,):
         raise ConfigError(f"config.json: partial_rotary_factor: all {mixer.rotary} channels must be turned")
-    if found.scaling != Plain():
-        raise ConfigError("config.json: rope_scaling: stretched positions are not known for latent attention")
+    for field in ("rope_scaling", "rope_parameters"):
+        if isinstance(f.values.get(field), dict) and f.values[field].get("mscale_all_dim"):
+            raise ConfigError(f"config.json: {field}: mscale_all_dim, which scales scores, is not supported")
     return found
 
 
@@ -78,10 +80,16 @@ def config(spec: Spec) -> dict[str, Any]:
         "model_type": "glm4_moe_lite",
         "rope_interleave": spec.rotary.pairing == "interleaved",
         "topk_method": "noaux_tc",
+        "mlp_layer_types": layer_types(spec),
         **latent_config(spec.blocks[0].mixer),
         **common_config(spec),
         **rope.fields(spec.rotary, spec.blocks[0].mixer.rotary),
     }
+
+
+def layer_types(spec: Spec) -> list[str]:
+    """What each layer has: newer readers of this format ask for a list and no number."""
+    return ["sparse" if isinstance(block.feed_forward, Experts) else "dense" for block in spec.blocks]
 
 
 def latent_config(mixer: LatentAttention) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from glm.family.glm4_moe import (
     rms,
     swiglu,
 )
-from glm.family.glm4_moe_lite import INNER, latent, latent_config, latent_names, rotary
+from glm.family.glm4_moe_lite import INNER, latent, latent_config, latent_names, layer_types, rotary
 from glm.fields import Fields
 from glm.latent_attention import LatentAttention
 from glm.norms import LayerNorm, RMSNorm
@@ -91,6 +91,7 @@ def config(spec: Spec) -> dict[str, Any]:
         "indexer_rope_interleave": spec.rotary.pairing == "interleaved",
         "rope_interleave": spec.rotary.pairing == "interleaved",
         "topk_method": "noaux_tc",
+        "mlp_layer_types": layer_types(spec),
         **latent_config(mixer.attention),
         **common_config(spec),
         **rope.fields(spec.rotary, mixer.attention.rotary),
