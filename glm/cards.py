@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from glm.experts import Experts
 from glm.family import releases
 from glm.family.generation import Release
 from glm.info import cache_bytes_per_token, parameters, tensors, weight_bytes, working_bytes
@@ -79,7 +80,7 @@ def sizes(release: Release) -> Sizes:
     return Sizes(
         release=release,
         parameters=parameters(spec),
-        active=parameters(active(spec)),
+        active=parameters(spec) - idle(spec),
         bf16=bf16,
         int4=int4,
         per_token=per_token,
@@ -97,9 +98,10 @@ def int4_bytes(spec: Spec) -> int:
     return weight_bytes(spec, torch.bfloat16) - 2 * matrices + round(INT4 * matrices)
 
 
-def active(spec: Spec) -> Spec:
-    """A spec with only what one token meets."""
-    return spec
+def idle(spec: Spec) -> int:
+    """Parameters that one token does not meet: those of experts that are not chosen for it."""
+    sublayers = (block.feed_forward for block in spec.blocks)
+    return sum(experts.idle(spec.width) for experts in sublayers if isinstance(experts, Experts))
 
 
 def card(needed: float) -> str:

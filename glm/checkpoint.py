@@ -339,7 +339,10 @@ def cover(model: nn.Module, tensors: Mapping[str, Tensor], table: Sequence[Store
         depth = max((len(stored.index) for stored in parts[id(tensor)]), default=0)
         times = torch.zeros(tensor.shape[:depth], dtype=torch.int32, device="cpu")
         for stored in parts[id(tensor)]:
-            times[stored.index] += 1
+            try:
+                times[stored.index] += 1
+            except IndexError:
+                raise ValueError(f"the table wants more of {name} than there is") from None
         if not times.eq(1).all():
             raise ValueError(f"the table does not cover {name} exactly once")
     for name, buffer in model.named_buffers():
@@ -388,21 +391,19 @@ def put(model: nn.Module, before: Mapping[str, Tensor], after: Mapping[int, Tens
 def export(
     table: Iterable[Stored],
     shapes: Mapping[str, Tensor],
-    numbers: Callable[[str], Tensor],
+    numbers: Callable[[Stored], Tensor],
     dtype: Callable[[str], torch.dtype | None],
 ) -> list[Outgoing]:
     """The tensors that `table` stores, to be made one at a time.
 
-    `shapes` are the parameters by name, possibly on the meta device; `numbers` gives one when its turn comes, `dtype`
-    what its floating-point numbers are stored as (None: as they are).
+    `shapes` are the parameters by name, possibly on the meta device; `numbers` gives a stored tensor, in the order of
+    the disk, when its turn comes; `dtype` what a parameter's floating-point numbers are stored as (None: as they are).
     """
 
     def outgoing(stored: Stored) -> Outgoing:
         parameter = shapes[stored.parameter]
         final, shape = final_dtype(stored, parameter, dtype(stored.parameter)), tuple(stored.part(parameter).shape)
-        return Outgoing(
-            stored.name, final, shape, lambda: stored.on_disk(numbers(stored.parameter)).reshape(shape).to(final)
-        )
+        return Outgoing(stored.name, final, shape, lambda: numbers(stored).reshape(shape).to(final))
 
     return [outgoing(stored) for stored in table]
 

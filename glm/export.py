@@ -22,7 +22,7 @@ from glm.norms import RMSNorm
 from glm.spec import Spec, leaves
 from glm.tensor_file import Outgoing, Progress, read_tensor
 
-Parameters = Callable[[str], Tensor]  # the name of a parameter -> its numbers
+Numbers = Callable[[Stored], Tensor]  # a tensor on disk -> its numbers, in the order of the disk
 
 
 def save_pretrained(
@@ -44,7 +44,13 @@ def save_pretrained(
     """
     target = chosen(model.spec, generation)
     state = model.state_dict()
-    config, tensors = exported(target, model.spec, state, state.__getitem__, lambda _: dtype or model.dtype)
+    config, tensors = exported(
+        target,
+        model.spec,
+        state,
+        lambda stored: stored.on_disk(state[stored.parameter]),
+        lambda _: dtype or model.dtype,
+    )
     save(folder, config, tensors, shard_bytes=shard_bytes, copies=copies, progress=progress)
 
 
@@ -52,13 +58,13 @@ def exported(
     generation: Generation,
     spec: Spec,
     shapes: Mapping[str, Tensor],
-    numbers: Parameters,
+    numbers: Numbers,
     dtype: Callable[[str], torch.dtype],
 ) -> tuple[dict[str, Any], list[Outgoing]]:
     """The config.json and the tensors of a model in the format of `generation`.
 
-    `shapes` are the model's tensors by name, possibly on the meta device; `numbers` gives one when its turn comes, and
-    `dtype` says what its floating-point numbers are stored as.
+    `shapes` are the model's tensors by name, possibly on the meta device; `numbers` gives a tensor of the disk when
+    its turn comes, and `dtype` says what a parameter's floating-point numbers are stored as.
     """
     config = generation.config(spec) | {"torch_dtype": str(dtype(next(iter(shapes)))).removeprefix("torch.")}
     return config, export(generation.table(spec, config, shapes), shapes, numbers, dtype)
@@ -109,7 +115,7 @@ def renamed(checkpoint: Checkpoint, name: str, generation: str) -> tuple[dict[st
     model = GLM(spec, device="meta")
     shapes = model.state_dict()
     table = source.table(spec, checkpoint.config, shapes)
-    match(model, checkpoint, table, (*source.ignorable, *source.spare_head(spec)))
+    match(model, checkpoint, table, source.unused(spec))
     parts: dict[str, list[Stored]] = {}
     for stored in table:
         parts.setdefault(stored.parameter, []).append(stored)
@@ -118,10 +124,12 @@ def renamed(checkpoint: Checkpoint, name: str, generation: str) -> tuple[dict[st
         return checkpoint.tensors[parts[parameter][0].name].dtype
 
     @lru_cache(maxsize=1)  # q, k and v are parts of one parameter, asked for one after the other
-    def numbers(parameter: str) -> Tensor:
+    def parameter_of(parameter: str) -> Tensor:
         whole = torch.empty(shapes[parameter].shape, dtype=dtype(parameter), device="cpu")
         for stored in parts[parameter]:
             read_tensor(stored.name, checkpoint.tensors[stored.name], stored.on_disk(whole))
         return whole
 
-    return exported(chosen(spec, generation), spec, shapes, numbers, dtype)
+    return exported(
+        chosen(spec, generation), spec, shapes, lambda stored: stored.on_disk(parameter_of(stored.parameter)), dtype
+    )

@@ -46,6 +46,10 @@ class FeedForward:
         """What one of `ranks` ranks holds: fewer inner channels."""
         return replace(self, inner=self.inner // ranks)
 
+    def working(self, width: int) -> int:
+        """Numbers that a token takes in a forward pass, at most: the branches, the active ones, their product."""
+        return (2 * len(self.branches) + 1) * self.inner
+
 
 class FeedForwardModule(nn.Module):
     """down(product of activated branches of up(x))."""
@@ -56,9 +60,9 @@ class FeedForwardModule(nn.Module):
         self.up = weights.linear(width, len(spec.branches) * spec.inner, spec.bias)
         self.down = weights.linear(spec.inner, width, spec.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        branches = self.up(x).chunk(len(self.activations), dim=-1)  # each [B T F]
+    def forward(self, x: Tensor, *which: int) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `which` of several, where the matrices are stacks."""
+        branches = self.up(x, *which).chunk(len(self.activations), dim=-1)  # each [B T F]
         active = [activate(branch) for activate, branch in zip(self.activations, branches, strict=True)]
-        y: Tensor = self.down(reduce(Tensor.mul, active))
+        y: Tensor = self.down(reduce(Tensor.mul, active), *which)
         return y

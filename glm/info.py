@@ -4,7 +4,7 @@
     cache  = (context + prefix) · Σ_layers Σ_remembered heads · width      (attention: two tensors of G heads, K wide)
 
 Weights and cache are exact: they are counted on the meta device. Working space is an upper estimate of what a
-forward pass holds besides: its widest activations, and one matrix in full (as loading and integer weights need it).
+forward pass holds besides: its widest activations, and one matrix in full where its weights are integers.
 """
 
 import os
@@ -27,6 +27,7 @@ from glm.linear import Dense, RowScaled, Weights
 from glm.memory import Found, memory_found, size
 from glm.model import GLM
 from glm.spec import Block, Spec
+from glm.tensor_file import PIECE as FILE_PIECE
 
 USUAL_CONTEXT = 2048  # tokens to leave room for where nobody said how many
 PIECE = 2048  # tokens of a prompt that go through a causal model at once
@@ -235,24 +236,17 @@ def working_bytes(spec: Spec, dtype: torch.dtype, tokens: int) -> int:
 
     Per token the stream in four states (x, its norm, what is added, the sum) and either attention (q, k, v, turned,
     and laid out for the product) or the feed-forward (its branches, active ones, their product); a mask, where a
-    token sees more than its past; the logits of one token in float32, sorted to sample from; and one matrix: on its
-    way from the file, or integers being written out (as they are, unpacked, converted and scaled).
+    token sees more than its past; the logits of one token in float32, sorted to sample from; and what is on its way
+    from a file, or one matrix of integers being written out (as they are, unpacked, converted and scaled).
     """
     causal = isinstance(spec.reading, Causal)
     T = min(tokens, PIECE) if causal else tokens
-    widest = max(
-        max(
-            3 * (block.mixer.heads + 2 * block.mixer.groups) * block.mixer.head_width,
-            (2 * len(block.feed_forward.branches) + 1) * block.feed_forward.inner,
-        )
-        for block in spec.blocks
-    )
+    parts = (part for block in spec.blocks for part in (block.mixer, block.feed_forward))
+    widest: int = max(part.working(spec.width) for part in parts)
     streams = T * (4 * spec.width + widest) * dtype.itemsize
     mask = 0 if causal else T * tokens * (2 + dtype.itemsize)
     logits = 8 * spec.vocabulary * torch.float32.itemsize
-    per_byte = 8 // spec.weights.bits if isinstance(spec.weights, RowScaled) else 1
-    matrix = max(
-        x.numel() * (per_byte * (2 + 2 * dtype.itemsize) if x.dtype == torch.int8 else dtype.itemsize)
-        for x in tensors(spec, dtype)
-    )
+    written_out = (8 // spec.weights.bits * (2 + 2 * dtype.itemsize)) if isinstance(spec.weights, RowScaled) else 0
+    matrices = (written_out * x.shape[-2:].numel() for x in tensors(spec, dtype) if x.dtype == torch.int8)
+    matrix = max(FILE_PIECE, *matrices, 0)
     return streams + mask + logits + matrix

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from glm.cache import Cache, Memory, Passing
+from glm.cache import Cache, Memory, Notes, Passing
 from glm.errors import LayoutError
 from glm.layout import Layout, Mask
 from glm.linear import Dense, Weights, empty_embedding
@@ -56,8 +56,7 @@ class GLM(nn.Module):
             self.embedding = empty_embedding(spec.vocabulary, spec.width)
             self.prefix = None
             if spec.prefix is not None:
-                mixer = spec.blocks[0].mixer
-                self.prefix = spec.prefix.build(len(spec.blocks), mixer.groups, mixer.head_width)
+                self.prefix = spec.prefix.build(len(spec.blocks), spec.blocks[0].mixer.remembers)
             self.blocks = nn.ModuleList(BlockModule(block, spec.width, spec.weights) for block in spec.blocks)
             self.final_norm = nn.Identity() if spec.final_norm is None else spec.final_norm.build(spec.width)
             self.head = Dense().linear(spec.width, spec.vocabulary, bias=False)
@@ -131,9 +130,9 @@ class GLM(nn.Module):
 
     def start(self) -> Sequence[Memory]:
         """One memory a layer for a pass without a cache: nothing, or the learned prefix."""
-        if self.prefix is None:
-            return [Passing(None)] * len(self.blocks)
-        return [Passing(keys_and_values) for keys_and_values in self.prefix()]
+        prefixes = [None] * len(self.blocks) if self.prefix is None else self.prefix()
+        notes: Notes = {}
+        return [Passing(keys_and_values, notes) for keys_and_values in prefixes]
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """Room for `length` tokens in each of `batch` rows, on the model's device and in its dtype."""

@@ -51,11 +51,8 @@ def plan(spec: Spec) -> dict[str, Cut]:
         for sublayer in ("mixer", "feed_forward"):
             cuts |= {f"blocks.{i}.{sublayer}.{name}": cut for name, cut in getattr(block, sublayer).plan.items()}
     if spec.prefix is not None:
-        mixer = spec.blocks[0].mixer
-        cuts |= {
-            f"prefix.{name}": cut
-            for name, cut in spec.prefix.plan(len(spec.blocks), mixer.groups, mixer.head_width).items()
-        }
+        prefix = spec.prefix.plan(len(spec.blocks), spec.blocks[0].mixer.remembers)
+        cuts |= {f"prefix.{name}": cut for name, cut in prefix.items()}
     return cuts
 
 

@@ -62,7 +62,7 @@ def load(
     if dtype is None:
         stored = checkpoint.tensors.get(table[0].name)
         dtype = stored.dtype if stored is not None and stored.dtype.is_floating_point else torch.float32
-    ignorable = (*generation.ignorable, *generation.spare_head(spec))
+    ignorable = generation.unused(spec)
     match(model, checkpoint, table, ignorable)  # before memory: a config that does not fit its files is their error
     if mesh is not None:
         from glm.parallel import joined, narrow

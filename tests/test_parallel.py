@@ -139,7 +139,7 @@ def test_memory_is_asked_for_one_share(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(V2, vocabulary=10_000_000)
     dtype = torch.float32
     part = parallel.narrower(spec, 0, 2)
-    monkeypatch.setattr("glm.info.memory_found", lambda device: Found(2_600_000_000, "free"))
+    monkeypatch.setattr("glm.info.memory_found", lambda device: Found(1_800_000_000, "free"))
     require_fit(part, dtype, "cuda", ranks=2)
     with pytest.raises(MemoryFitError):
         require_fit(spec, dtype, "cuda")
@@ -164,8 +164,8 @@ def test_logits_of_two_processes_are_those_of_one(found: dict[str, Any], name: s
 @pytest.mark.parametrize("name", TOYS)
 def test_each_of_two_processes_holds_about_half(found: dict[str, Any], name: str) -> None:
     toy, one_key_head = found["toys"][name], name.endswith("one key head")
-    assert 0.49 < toy["held"] < (0.56 if "projected" not in name else 0.62)
-    assert toy["cache"][1] == toy["cache"][0] // (1 if one_key_head else 2)
+    assert 0.49 < toy["held"] < (0.62 if "projected" in name or name == "sparse" else 0.56)
+    assert toy["cache"][1] == toy["cache"][0] // (1 if one_key_head or "latent" in name or name == "sparse" else 2)
 
 
 def test_single_rows_in_float32(found: dict[str, Any]) -> None:

@@ -16,17 +16,22 @@ from golden_folders import GOLDENS
 from torch import Tensor
 
 from glm import cli, training
+from glm.attention import Attention
 from glm.errors import GLMError
-from glm.family import chatglm, chatglm2, glm4, glm4_0414
+from glm.experts import Experts, Router
+from glm.family import chatglm, chatglm2, glm4, glm4_0414, glm4_moe
+from glm.feed_forward import FeedForward
 from glm.generation import generate
+from glm.latent_attention import LatentAttention
 from glm.linear import RowScaled
 from glm.model import GLM
-from glm.norms import RMSNorm
+from glm.norms import LayerNorm, RMSNorm
 from glm.parallel import agreed, first, mesh_of_all, tensor_parallel, together, whole
-from glm.positions import Plain
+from glm.positions import Plain, Rotary
 from glm.prefix import Prefix
 from glm.recipe import Recipe
-from glm.spec import Spec
+from glm.sparse_attention import Indexer, SparseAttention
+from glm.spec import Mixer, Spec
 from glm.verify import verify
 
 V1 = chatglm.build(
@@ -48,6 +53,24 @@ def sandwich(groups: int, tied: bool) -> Spec:
     )  # fmt: skip
 
 
+def with_experts(mixer: Mixer, rotary: int, groups: int = 1) -> Spec:
+    """A toy with one dense layer and two of experts, 3 of 8 and 2 shared ones."""
+    return glm4_moe.build(
+        layers=3, dense=1, width=24, inner=36, mixers=(mixer,) * 3, vocabulary=96, context=64,
+        experts=Experts(
+            expert=FeedForward(inner=12, branches=("silu", "identity"), bias=False), count=8, top=3, shared=2,
+            router=Router(groups=groups, kept=(groups + 1) // 2, normalised=True, scale=1.8),
+        ),
+        norm=NORM, pad=0, stop=(7,),
+        rotary=Rotary(widths=(rotary,), pairing="interleaved", base=1e4, scaling=Plain(), rounding=None),
+    )  # fmt: skip
+
+
+NORM = RMSNorm(1e-5, weight_first=False)
+NORMED = Attention(heads=4, groups=2, head_width=8, qkv_bias=True, out_bias=False, qk_norm=NORM)
+LATENT = LatentAttention(heads=4, query_rank=16, rank=12, plain=8, rotary=4, value=10, norm=NORM, bias=True)
+SPARSE = SparseAttention(LATENT, Indexer(heads=6, width=12, top=4, norm=LayerNorm(1e-6)))
+
 TOYS = {
     "chatglm": V1,
     "chatglm2": V2,
@@ -58,8 +81,16 @@ TOYS = {
     "sandwich": sandwich(4, tied=False),
     "sandwich, tied": sandwich(2, tied=True),
     "sandwich, one key head": sandwich(1, tied=False),
+    "experts": with_experts(NORMED, 4),
+    "experts, groups, int8": replace(with_experts(NORMED, 4, groups=4), weights=RowScaled(8)),
+    "latent": with_experts(LATENT, 4),
+    "latent, no bottleneck": with_experts(replace(LATENT, query_rank=None), 4),
+    "sparse": with_experts(SPARSE, 4),
 }
-FOLDERS = ("chatglm1-base", "chatglm1-ptuning-proj", "chatglm2-32k-rope_interp", "hf_glm-base", "hf_glm4-base")
+FOLDERS = (
+    "chatglm1-base", "chatglm1-ptuning-proj", "chatglm2-32k-rope_interp", "hf_glm4-base", "hf_glm4_moe-air",
+    "hf_glm_moe_dsa-base",
+)  # fmt: skip
 
 
 def made(spec: Spec, dtype: torch.dtype = torch.float64) -> GLM:
