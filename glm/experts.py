@@ -126,7 +126,8 @@ class ExpertsModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         tokens = x.flatten(0, -2)  # [N D]
-        y = mix(tokens, *self.router(tokens), self.experts, self.held).to(x.dtype).view_as(x)
+        chosen, weights = self.router(tokens)
+        y = mix(tokens, chosen, weights, self.experts, self.held).to(x.dtype).view_as(x)
         return y if self.shared is None else y + self.shared(x)
 
 

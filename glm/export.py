@@ -15,7 +15,7 @@ from torch import Tensor
 
 from glm import family
 from glm.checkpoint import SHARD_BYTES, Checkpoint, Stored, export, match, save
-from glm.errors import ConfigError
+from glm.errors import ConfigError, ParallelError
 from glm.family.generation import Generation
 from glm.model import GLM
 from glm.norms import RMSNorm
@@ -40,10 +40,13 @@ def save_pretrained(
     dtype   of the floating-point tensors; None is the model's own.
     copies  files to take along, such as the tokenizer's.
 
-    Raises ConfigError when no such format can hold the model, GLMError when the folder is taken or cannot be written.
+    Raises ConfigError when no such format can hold the model, ParallelError when it is dealt out to several processes,
+    GLMError when the folder is taken or cannot be written.
     """
-    target = chosen(model.spec, generation)
     state = model.state_dict()
+    if any(hasattr(x, "full_tensor") for x in state.values()):
+        raise ParallelError("this process holds only its share of the model: save one that a single process has loaded")
+    target = chosen(model.spec, generation)
     config, tensors = exported(
         target,
         model.spec,

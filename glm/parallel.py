@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,12 +97,11 @@ def packed(held: list[int], by: int) -> list[int]:
 
 
 def narrow(
-    spec: Spec, dtype: torch.dtype, mesh: "DeviceMesh"
-) -> tuple[GLM, Callable[[Mapping[str, Tensor]], dict[str, Share]]]:
-    """This rank's model, without numbers, and what gives for the tensors of the whole one its share of each."""
+    spec: Spec, dtype: torch.dtype, shapes: Mapping[str, Tensor], mesh: "DeviceMesh"
+) -> tuple[GLM, dict[str, Share]]:
+    """This rank's model, without numbers, and its share of each tensor of the whole one (`shapes`, by name)."""
     rank, ranks = mesh.get_local_rank(), mesh.size()
-    part = GLM(narrower(spec, rank, ranks), device="meta", dtype=dtype)
-    return part, lambda shapes: shares(spec, shapes, rank, ranks)
+    return GLM(narrower(spec, rank, ranks), device="meta", dtype=dtype), shares(spec, shapes, rank, ranks)
 
 
 def tensor_parallel(model: GLM, mesh: "DeviceMesh") -> GLM:
@@ -112,9 +111,9 @@ def tensor_parallel(model: GLM, mesh: "DeviceMesh") -> GLM:
     single device holds, give `mesh` to `GLM.from_pretrained` instead. Raises ParallelError where heads or channels
     cannot be dealt out to so many ranks.
     """
-    part, share = narrow(model.spec, model.dtype, mesh)
-    state, places = model.state_dict(keep_vars=True), part.state_dict(keep_vars=True)
-    held = share(state)
+    state = model.state_dict(keep_vars=True)
+    part, held = narrow(model.spec, model.dtype, state, mesh)
+    places = part.state_dict(keep_vars=True)
     numbers: dict[int, Tensor] = {}
     with torch.no_grad():
         for name, x in state.items():
@@ -131,7 +130,7 @@ def joined(part: GLM, mesh: "DeviceMesh") -> GLM:
     part.requires_grad_(False)
     V, D = part.spec.vocabulary, part.spec.width
     for module in (part.embedding, part.head):
-        local = module.weight.detach()
+        local = cast(Tensor, module.weight).detach()
         table = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size((V, D)), stride=(D, 1))
         module.weight = nn.Parameter(table, requires_grad=False)
     sublayer = sum_style()
@@ -189,8 +188,9 @@ def dealt_like(pattern: Tensor, x: Tensor) -> Tensor:
     """This rank's part of `x`, which every rank has whole, if `pattern` of the same shape is dealt out."""
     if not hasattr(pattern, "full_tensor") or x.shape != pattern.shape:
         return x
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(pattern, DTensor)
     return distribute_tensor(x, pattern.device_mesh, pattern.placements, src_data_rank=None)
 
 
@@ -212,12 +212,18 @@ def processes() -> int:
 
 
 def mesh_of_all(device: torch.device | str) -> "DeviceMesh | None":
-    """The mesh of all processes, one device each; None where there is one process."""
+    """The mesh of all processes, one device each; None where there is one process. Raises ParallelError."""
     if processes() == 1:
         return None
+    here, kind = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.device(device).type
+    if kind == "cuda" and here > torch.cuda.device_count():
+        raise ParallelError(
+            f"{here} processes cannot have a GPU each where there are {torch.cuda.device_count()}: "
+            "start fewer, or give --device cpu"
+        )
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(torch.device(device).type, (processes(),), mesh_dim_names=("ranks",))
+    return init_device_mesh(kind, (processes(),), mesh_dim_names=("ranks",))
 
 
 def agreed(value: T) -> T:
@@ -252,7 +258,7 @@ def together(program: Callable[[], int]) -> int:
     distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     streams = sys.stdin, sys.stdout, sys.stderr
     said = io.StringIO()
-    sys.stdin = Relayed(sys.stdin if first() else None)  # type: ignore[assignment]
+    sys.stdin = Relayed(sys.stdin if first() else None)
     if not first():
         sys.stdout, sys.stderr = io.StringIO(), said
     try:

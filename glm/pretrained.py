@@ -67,11 +67,11 @@ def load(
     if mesh is not None:
         from glm.parallel import joined, narrow
 
-        part, share = narrow(spec, dtype, mesh)
+        part, shares = narrow(spec, dtype, model.state_dict(), mesh)
         require_fit(part.spec, dtype, device, ranks=mesh.size())
         fill(
             model, checkpoint, table, ignorable,
-            dtype=dtype, device=device, progress=progress, shares=share(model.state_dict()), part=part,
+            dtype=dtype, device=device, progress=progress, shares=shares, part=part,
         )  # fmt: skip
         return joined(part.train(False), mesh)
     require_fit(spec, dtype, device)

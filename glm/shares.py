@@ -12,6 +12,7 @@ by the name of the module; what it does not name is held whole by every rank. `s
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from glm.errors import ParallelError
@@ -101,5 +102,5 @@ class Share:
 
     def of(self, whole: Tensor) -> Tensor:
         """A copy of the share of `whole`."""
-        part = whole.index_select(self.dim, whole.new_tensor(self.held, dtype=int))  # type: ignore[call-overload]
+        part = whole.index_select(self.dim, torch.tensor(self.held, device=whole.device))
         return part.zero_() if self.void else part

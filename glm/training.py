@@ -228,8 +228,8 @@ class Run:
         (result / "tokenizer.json").write_text(self.bpe.to_str(pretty=True) + "\n", encoding="utf-8")
         write_object(result / "tokenizer_config.json", TOKENIZER_CONFIG)
         exam = self.examine(GLM.from_pretrained(result, dtype=torch.float32))
-        weights = hashlib.sha256((result / "model.safetensors").read_bytes()).hexdigest()
-        write_object(result / "training.json", self.figures() | {"weights": weights, "exam": exam})
+        written = hashlib.sha256((result / "model.safetensors").read_bytes()).hexdigest()
+        write_object(result / "training.json", self.figures() | {"weights": written, "exam": exam})
         draw(self.losses, result / "loss.png", self.recipe.name)
         for path in result.iterdir():
             os.replace(path, folder / path.name)

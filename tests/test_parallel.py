@@ -185,6 +185,10 @@ def test_a_folder_that_cannot_be_dealt_out(found: dict[str, Any]) -> None:
     assert "5 query heads cannot be dealt out to 2 processes" in found["refused"]["says"]
 
 
+def test_a_share_is_not_saved_as_a_model(found: dict[str, Any]) -> None:
+    assert found["refused"]["saving"] == "ParallelError"
+
+
 def test_all_are_seeded_alike(found: dict[str, Any]) -> None:
     both, twice_the_first = found["dice"]
     assert both == twice_the_first
@@ -216,6 +220,14 @@ def test_the_command_line_in_two_processes(
     assert cli.main(["chat"]) == 0
     assert found["printed"] == capsys.readouterr().out
     assert len(found["printed"].splitlines()) == 2
+
+
+def test_a_gpu_each_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ParallelError, match="4 processes cannot have a GPU each where there are 2"):
+        parallel.mesh_of_all("cuda")
 
 
 def test_a_mistake_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from glm import cli, training
 from glm.attention import Attention
 from glm.errors import GLMError
 from glm.experts import Experts, Router
+from glm.export import save_pretrained
 from glm.family import chatglm, chatglm2, glm4, glm4_0414, glm4_moe
 from glm.feed_forward import FeedForward
 from glm.generation import generate
@@ -87,10 +88,7 @@ TOYS = {
     "latent, no bottleneck": with_experts(replace(LATENT, query_rank=None), 4),
     "sparse": with_experts(SPARSE, 4),
 }
-FOLDERS = (
-    "chatglm1-base", "chatglm1-ptuning-proj", "chatglm2-32k-rope_interp", "hf_glm4-base", "hf_glm4_moe-air",
-    "hf_glm_moe_dsa-base",
-)  # fmt: skip
+FOLDERS = ("chatglm1-ptuning-proj", "hf_glm4_moe-air", "hf_glm_moe_dsa-base")
 
 
 def made(spec: Spec, dtype: torch.dtype = torch.float64) -> GLM:
@@ -169,8 +167,12 @@ def refused() -> dict[str, Any]:
     try:
         GLM.from_pretrained(GOLDENS / "chatglm3-base", mesh=mesh_of_all("cpu"))
     except GLMError as error:
-        return {"error": type(error).__name__, "says": str(error)}
-    return {}
+        found = {"error": type(error).__name__, "says": str(error)}
+    try:
+        save_pretrained(tensor_parallel(made(V2), mesh_of_all("cpu")), Path("/nowhere"))
+    except GLMError as error:
+        found |= {"saving": type(error).__name__}
+    return found
 
 
 def trained(folder: Path, double: bool) -> dict[str, Any]:
