@@ -87,25 +87,14 @@ def load_memory() -> str:
 
 
 def releases() -> str:
-    """The family table."""
-    from glm.family import generation_of
-    from glm.family import releases as published
-    from glm.info import cache_bytes_per_token, parameters, weight_bytes
+    """The family table: what `glm releases` prints, releases of the same sizes in one row."""
+    from glm.cards import HEAD, family_table
 
-    rows = []
-    for name, release in published().items():
-        rows.append(
-            [
-                f"`{name}`",
-                str(release.year),
-                f"{parameters(release.spec) / 1e9:.2f} B",
-                f"{weight_bytes(release.spec, release.dtype) / 1e9:.2f} GB",
-                f"{cache_bytes_per_token(release.spec, release.dtype) / 1024:.0f} KiB",
-                f"{release.spec.context}",
-                f"`{generation_of(name).name}`",
-            ]
-        )
-    return table(["release", "year", "parameters", "weights", "cache a token", "context", "generation file"], rows)
+    names: dict[tuple[str, ...], list[str]] = {}
+    for line in family_table():
+        names.setdefault(line.cells, []).append(f"`{line.release.name}`")
+    head = ["release", *(" ".join((above, below)).strip() for above, below in HEAD)]
+    return table(head, [[" ".join(same), *cells] for cells, same in names.items()])
 
 
 def parity() -> str:

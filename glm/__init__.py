@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from glm.blanks import score
     from glm.cache import Cache
+    from glm.changes import diff
     from glm.errors import (
         CacheError,
         CheckpointError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         GLMError,
         LayoutError,
         MemoryFitError,
+        ParallelError,
         PromptError,
         TokenizerError,
     )
@@ -38,12 +40,14 @@ if TYPE_CHECKING:
     from glm.layout import Layout
     from glm.model import GLM
     from glm.packaged import embedded
+    from glm.parallel import tensor_parallel
     from glm.spec import Block, Spec
     from glm.tokenizer import Tokenizer
 
 HOMES = {
     "glm.blanks": ("score",),
     "glm.cache": ("Cache",),
+    "glm.changes": ("diff",),
     "glm.packaged": ("embedded",),
     "glm.errors": (
         "CacheError",
@@ -53,6 +57,7 @@ HOMES = {
         "GenerationError",
         "LayoutError",
         "MemoryFitError",
+        "ParallelError",
         "PromptError",
         "TokenizerError",
     ),
@@ -61,6 +66,7 @@ HOMES = {
     "glm.generation": ("generate", "stream"),
     "glm.layout": ("Layout",),
     "glm.model": ("GLM",),
+    "glm.parallel": ("tensor_parallel",),
     "glm.spec": ("Block", "Spec"),
     "glm.tokenizer": ("Tokenizer",),
 }
@@ -78,10 +84,12 @@ __all__ = [
     "Layout",
     "LayoutError",
     "MemoryFitError",
+    "ParallelError",
     "PromptError",
     "Spec",
     "Tokenizer",
     "TokenizerError",
+    "diff",
     "embedded",
     "generate",
     "release",
@@ -89,6 +97,7 @@ __all__ = [
     "save_pretrained",
     "score",
     "stream",
+    "tensor_parallel",
 ]
 
 

@@ -24,7 +24,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from glm.errors import GLMError
+from glm.errors import GLMError, ParallelError
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return run(arguments)
+    from glm.parallel import together
+
+    return together(lambda: run(arguments))
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Run one command; its exit status."""
     try:
         return int(app(arguments, prog_name="glm", standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
@@ -141,6 +150,7 @@ def opened(source: str, dtype: str | None, device: str | None) -> "tuple[GLM, To
     import torch
 
     from glm.hub import fetch
+    from glm.parallel import agreed, mesh_of_all
     from glm.pretrained import load
     from glm.progress import progress_bar
     from glm.tokenizer import Tokenizer
@@ -150,10 +160,17 @@ def opened(source: str, dtype: str | None, device: str | None) -> "tuple[GLM, To
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if total < 64 << 20:
         torch.set_num_threads(1)  # sharing so little work takes longer than doing it
-    kind = getattr(torch, dtype) if dtype else usual_dtype(folder, total, place)
+    kind = getattr(torch, dtype) if dtype else agreed(usual_dtype(folder, total, place))
     tokenizer = Tokenizer.from_pretrained(source)
     with progress_bar(f"loading {called(source)}", total, quiet=total < 1 << 30) as progress:
-        return load(source, dtype=kind, device=place, progress=progress), tokenizer
+        model = load(source, dtype=kind, device=place, progress=progress, mesh=mesh_of_all(place))
+    return model, tokenizer
+
+
+def alone(command: str) -> None:
+    """Raise ParallelError where torchrun started this several times."""
+    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ParallelError(f"{command} is the work of one process, not of {count}: run it without torchrun")
 
 
 def usual_dtype(folder: Path, total: int, device: "torch.device") -> "torch.dtype | None":
@@ -444,27 +461,37 @@ def info(
 
 @app.command(epilog="Example: glm releases")
 def releases() -> None:
-    """The published checkpoints, with their sizes.
+    """The published checkpoints, with their sizes and the card they fit.
 
-    They are known without a file; `glm info NAME` says all of one.
+    Columns: parameters (all/active) in 10⁹; weights in GB as bfloat16 and with the matrices of the blocks in int4
+    (groups of 128, 0.516 B a weight); KiB of cache a token; context (k = 1024); and the smallest card, in GB of
+    memory, that holds one sequence of 8k tokens. `glm info NAME` says all of one.
     """
-    from glm import family
-    from glm.info import need, parameters
-    from glm.memory import size
+    from glm.cards import HEAD, family_table
 
-    table = columns("release", "year", "parameters>", "weights>", "KV/token>", "context>")
+    table = columns("release\n", *(f"{above}\n{below}>" for above, below in HEAD))
     with busy("counting …"):
-        for name, release in family.releases().items():
-            takes = need(release.spec, release.dtype, release.spec.context)
-            table.add_row(
-                name,
-                str(release.year),
-                f"{parameters(release.spec):,}",
-                size(takes.weights),
-                f"{takes.per_token:,} B",
-                f"{release.spec.context:,}",
-            )
+        for line in family_table():
+            table.add_row(line.release.name, *line.cells)
     show(table)
+
+
+@app.command(epilog="Example: glm diff chatglm3-6b glm-4-9b")
+def diff(
+    before: Annotated[str, argument("A", "A name from `glm releases`, a checkpoint folder or a hub id.")],
+    after: Annotated[str, argument("B", "Another one.")],
+) -> None:
+    """What changed from one model to another, field by field.
+
+    Reads no weights. Equal blocks are compared once.
+    """
+    from glm.changes import diff as compare
+
+    found = compare(before, after)
+    if sys.stdout.isatty():
+        show(found)
+    else:
+        print(found)
 
 
 @app.command(epilog="Example: glm tokenize 'General language model' --special")
@@ -506,13 +533,15 @@ def verify(
     """
     import torch
 
+    from glm.parallel import mesh_of_all
     from glm.verify import verify as held
 
     place, over = placed(device), 0
+    mesh = mesh_of_all(place)
     for folder in folders:
         try:
             with busy(f"verifying {called(folder)} …"):
-                report = held(folder, dtype=getattr(torch, dtype), device=place, tolerance=tolerance)
+                report = held(folder, dtype=getattr(torch, dtype), device=place, tolerance=tolerance, mesh=mesh)
             show(report)
             over += not report.ok
         except GLMError as error:
@@ -539,6 +568,7 @@ def convert(
 
     The folder appears complete or not at all.
     """
+    alone("convert")
     from glm.convert import convert as rewrite
 
     short = {"bfloat16": "bf16", "float16": "fp16"}
@@ -557,6 +587,7 @@ def synthesize(
 
     Files, names and shapes are those of the release.
     """
+    alone("synthesize")
     from dataclasses import replace
 
     from glm import family

@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from glm.cache import Cache, Memory, Passing
+from glm.cache import Cache, Memory, Notes, Passing
 from glm.errors import LayoutError
 from glm.layout import Layout, Mask
 from glm.linear import Dense, Weights, empty_embedding
 from glm.positions import Rotation
 from glm.spec import Block, Spec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class BlockModule(nn.Module):
@@ -54,8 +57,7 @@ class GLM(nn.Module):
             self.places = None if spec.learned is None else spec.learned.build(spec.width)
             self.prefix = None
             if spec.prefix is not None:
-                mixer = spec.blocks[0].mixer
-                self.prefix = spec.prefix.build(len(spec.blocks), mixer.groups, mixer.head_width)
+                self.prefix = spec.prefix.build(len(spec.blocks), spec.blocks[0].mixer.remembers)
             self.blocks = nn.ModuleList(BlockModule(block, spec.width, spec.weights) for block in spec.blocks)
             self.final_norm = nn.Identity() if spec.final_norm is None else spec.final_norm.build(spec.width)
             self.head = Dense().linear(spec.width, spec.vocabulary, bias=False)
@@ -91,11 +93,12 @@ class GLM(nn.Module):
         device: torch.device | str | None = None,
         revision: str | None = None,
         prefix: str | PathLike[str] | None = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> "GLM":
         """The model of a checkpoint folder or hub id; `prefix` is a P-Tuning folder. See `glm.pretrained.load`."""
         from glm.pretrained import load  # the way down to files and families starts here
 
-        return load(source, dtype=dtype, device=device, revision=revision, prefix=prefix)
+        return load(source, dtype=dtype, device=device, revision=revision, prefix=prefix, mesh=mesh)
 
     @classmethod
     def from_release(
@@ -133,9 +136,9 @@ class GLM(nn.Module):
 
     def start(self) -> Sequence[Memory]:
         """One memory a layer for a pass without a cache: nothing, or the learned prefix."""
-        if self.prefix is None:
-            return [Passing(None)] * len(self.blocks)
-        return [Passing(keys_and_values) for keys_and_values in self.prefix()]
+        prefixes = [None] * len(self.blocks) if self.prefix is None else self.prefix()
+        notes: Notes = {}
+        return [Passing(keys_and_values, notes) for keys_and_values in prefixes]
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """Room for `length` tokens in each of `batch` rows, on the model's device and in its dtype."""

@@ -6,6 +6,7 @@ config.json -> family -> spec -> GLM(spec) on the meta device -> filled tensor b
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +20,9 @@ from glm.model import GLM
 from glm.spec import Spec
 from glm.tensor_file import Progress
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 PREFIX = "transformer.prefix_encoder."
 
 
@@ -30,6 +34,7 @@ def load(
     revision: str | None = None,
     prefix: str | PathLike[str] | None = None,
     progress: Progress | None = None,
+    mesh: "DeviceMesh | None" = None,
 ) -> GLM:
     """The model of a local folder or hub id, ready to run.
 
@@ -38,9 +43,11 @@ def load(
     revision  of a hub id: branch, tag or commit.
     prefix    a P-Tuning v2 folder, whose files hold only the learned prefix of the model in `source`.
     progress  is told the bytes of each tensor read.
+    mesh      of one dimension: the model is dealt out to its ranks, which read only their shares (`glm.parallel`).
 
     Raises ConfigError for a config.json that is no GLM's, CheckpointError for files that are not exactly what it
-    calls for, MemoryFitError with the numbers when the model cannot fit. Nothing is left half loaded.
+    calls for, MemoryFitError with the numbers when the model cannot fit, ParallelError when it cannot be dealt out to
+    so many ranks. Nothing is left half loaded.
     """
     folder = fetch(source, revision)
     checkpoint = Checkpoint.open(folder)
@@ -55,8 +62,18 @@ def load(
     if dtype is None:
         stored = checkpoint.tensors.get(table[0].name)
         dtype = stored.dtype if stored is not None and stored.dtype.is_floating_point else torch.float32
-    ignorable = (*generation.ignorable, *generation.spare_head(spec))
+    ignorable = generation.unused(spec)
     match(model, checkpoint, table, ignorable)  # before memory: a config that does not fit its files is their error
+    if mesh is not None:
+        from glm.parallel import joined, narrow
+
+        part, shares = narrow(spec, dtype, model.state_dict(), mesh)
+        require_fit(part.spec, dtype, device, ranks=mesh.size())
+        fill(
+            model, checkpoint, table, ignorable,
+            dtype=dtype, device=device, progress=progress, shares=shares, part=part,
+        )  # fmt: skip
+        return joined(part.train(False), mesh)
     require_fit(spec, dtype, device)
     fill(model, checkpoint, table, ignorable, dtype=dtype, device=device, progress=progress)
     return model.train(False)

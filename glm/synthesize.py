@@ -42,14 +42,18 @@ def synthesize(
         spec = replace(spec, blocks=spec.blocks[:layers])
     shapes = GLM(spec, device="meta").state_dict()
     config, tensors = exported(
-        generation, spec, shapes, lambda name: drawn(name, shapes[name], seed), lambda _: dtype or chosen.dtype
+        generation,
+        spec,
+        shapes,
+        lambda stored: drawn(stored.name, stored.part(shapes[stored.parameter]), seed),
+        lambda _: dtype or chosen.dtype,
     )
     total = sum(tensor.nbytes for tensor in tensors)
     save(folder, config, tensors, shard_bytes=-(-total // chosen.shards), progress=progress)
 
 
 def drawn(name: str, shape: Tensor, seed: int) -> Tensor:
-    """Numbers for the parameter `name`: norm weights 1, biases and matrices N(0, 0.02²), integers of that spread."""
+    """Numbers for the tensor `name`: norm weights 1, biases and matrices N(0, 0.02²), integers of that spread."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
     if shape.dtype == torch.int8:
         return torch.randint(-128, 128, shape.shape, dtype=torch.int8, generator=generator)

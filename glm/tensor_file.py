@@ -163,8 +163,13 @@ def scan_tensor(name: str, info: TensorInfo) -> None:
             raise CheckpointError(unfit(name, info, piece, piece.dtype))
 
 
-def pieces(name: str, info: TensorInfo, shape: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """A tensor, seen as `shape`, in runs of rows: (first row, rows). Each run overwrites the one before."""
+def pieces(
+    name: str, info: TensorInfo, shape: Sequence[int], wanted: Callable[[slice], bool] | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """A tensor, seen as `shape`, in runs of rows: (first row, rows). Each run overwrites the one before.
+
+    Runs of which no row is `wanted` are not read.
+    """
     if not math.prod(shape):
         return
     rows = max(1, PIECE // (math.prod(shape[1:]) * info.dtype.itemsize))
@@ -174,6 +179,9 @@ def pieces(name: str, info: TensorInfo, shape: Sequence[int]) -> Iterator[tuple[
             file.seek(info.begin)
             for start in range(0, shape[0], rows):
                 piece = buffer[: shape[0] - start]
+                if wanted is not None and not wanted(slice(start, start + len(piece))):
+                    file.seek(piece.nbytes, os.SEEK_CUR)
+                    continue
                 read_exactly(file, piece)
                 yield start, piece
     except (OSError, EOFError) as error:

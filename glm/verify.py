@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from rich import box
@@ -46,6 +46,9 @@ from glm.linear import RowScaledLinear
 from glm.model import GLM
 from glm.positions import Rotary
 from glm.spec import Block, Spec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 FLOAT64_RELATIVE = 1e-9
 FLOAT32_ABSOLUTE = 2e-4  # what two correct float32 programs may differ by where logits and states are of size 1 to 10
@@ -410,29 +413,36 @@ def verify(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
     tolerance: float | None = None,
+    mesh: "DeviceMesh | None" = None,
 ) -> Report:
     """Load the model in `folder` and hold it to the reference outputs that lie there.
 
     tolerance  for logits, relative to their rms; in half precision for the rms error as a multiple of the
                reference's. None is what the head of this file says. Hidden states, of which there are only
                float32 references, keep the float32 tolerance, and ids and positions must be equal.
+    mesh       deals the model out to the mesh's ranks, all of which call this; what the reference holds of the
+               weights themselves is then left to a run with one process.
 
     Raises CheckpointError for a folder that is not in the golden format or has no reference for `dtype`.
     """
     golden = Golden(folder, dtype)
-    model = GLM.from_pretrained(folder, dtype=dtype, device=device)
-    rows = tuple(check(model, golden, tolerance))
+    model = GLM.from_pretrained(folder, dtype=dtype, device=device, mesh=mesh)
+    rows = tuple(check(model, golden, tolerance, whole=mesh is None))
     return Report(golden.folder, recognise(golden.config).name, dtype, rows)
 
 
-def check(model: GLM, golden: Golden, tolerance: float | None = None) -> Iterator[Row]:
-    """The rows of a report, each as soon as it is known. `model` is what the golden's folder holds, in its dtype."""
+def check(model: GLM, golden: Golden, tolerance: float | None = None, whole: bool = True) -> Iterator[Row]:
+    """The rows of a report, each as soon as it is known. `model` is what the golden's folder holds, in its dtype.
+
+    A model that is not `whole` is a rank's share of it.
+    """
     if golden.half:
         yield from half_rows(model, golden, HALF_RATIO if tolerance is None else tolerance)
         return
     for scenario in golden.scenarios:
         yield from exact_rows(scenario.name, pairs(model, scenario), golden, tolerance)
-    yield from exact_rows("the model itself", model_pairs(model, golden), golden, tolerance)
+    if whole:
+        yield from exact_rows("the model itself", model_pairs(model, golden), golden, tolerance)
 
 
 def exact_rows(scenario: str, found: Iterator[Pair], golden: Golden, tolerance: float | None) -> Iterator[Row]:

@@ -254,7 +254,7 @@ def test_attention_takes_its_rows_in_the_order_q_k_v() -> None:
     rows = (x @ module.qkv.weight.T + module.qkv.bias).view(1, 3, 4, 4).transpose(1, 2)  # heads q0 q1 k v
     y = by_hand(rows[:, :2], rows[:, 2:3], rows[:, 3:], torch.ones(1, 3, 3, dtype=torch.bool).tril())
     expected = y.transpose(1, 2).flatten(2) @ module.out.weight.T + module.out.bias
-    assert same(module(x, rotation, Mask(None, causal=True), Passing(None)), expected)
+    assert same(module(x, rotation, Mask(None, causal=True), Passing(None, {})), expected)
     assert spec.remembers == ((1, 4), (1, 4))
 
 
@@ -340,7 +340,7 @@ def test_cache_memory() -> None:
 
 def test_prefix_slices() -> None:
     layers, groups, K, p = 3, 2, 4, 5
-    module = Prefix(p, None).build(layers, groups, K)
+    module = Prefix(p, None).build(layers, ((groups, K), (groups, K)))
     module.embedding.weight.data = torch.arange(float(p * layers * 2 * groups * K)).view(p, -1)
     whole = module.embedding.weight.view(p, 2 * layers, groups, K)
     for i, (k, v) in enumerate(module()):  # layer i has slices 2i and 2i + 1
@@ -349,7 +349,7 @@ def test_prefix_slices() -> None:
 
 
 def test_projected_prefix() -> None:
-    module = filled(Prefix(5, (7, 8)).build(3, 2, 4))
+    module = filled(Prefix(5, (7, 8)).build(3, ((2, 4), (2, 4))))
     first, _, last = module.project
     rows = torch.tanh(module.embedding.weight @ first.weight.T + first.bias) @ last.weight.T + last.bias
     assert module.embedding.weight.shape == (5, 7)
@@ -398,7 +398,7 @@ def test_leaves_are_every_field() -> None:
     assert found["rotary.scaling"] == Plain()
     assert found["stop"] == (1,)
     blocks = 2 * (1 + 2 + 5 + 3)  # wiring, norm, mixer, feed-forward
-    assert len(found) == 3 + 1 + 5 + blocks + 2 + 1 + 2 + 1 + 2 + 1  # in the order of the fields of Spec
+    assert len(found) == 3 + 1 + 5 + blocks + 2 + 1 + 2 + 1 + 2 + 1 + 1  # in the order of the fields of Spec
 
 
 def test_a_spec_prints_itself_with_equal_blocks_once() -> None:

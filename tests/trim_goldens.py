@@ -1,4 +1,4 @@
-"""Copy golden folders into tests/goldens, leaving out what adds nothing, to stay below 8 MB.
+"""Copy golden folders into tests/goldens, leaving out what adds nothing, to stay below 12 MB.
 
     python tests/trim_goldens.py ../shared/goldens [CASE…]
 
@@ -19,10 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 DENSE = ("glm10b-", "glm130b-", "chatglm1-", "chatglm2-", "chatglm3-", "glm4-9b-", "hf_glm-", "hf_glm4-")
+EXPERTS = ("hf_glm4_moe-", "hf_glm4_moe_lite-", "hf_glm_moe_dsa-")
 EXPENDABLE = (
     "chatglm2-base",  # as chatglm3-base
     "chatglm2-int8",  # names as chatglm2-int4, bits as chatglm1-int8
     "chatglm3-32k-rope_base",  # as glm4-9b-chatglm_format
+    "hf_glm4_moe-qknorm",  # as hf_glm4_moe-sensitive
+    "hf_glm4_moe_lite-mla",  # as hf_glm4_moe_lite-sensitive
 )
 SPARE = {  # scenarios by the beginning of the case's name
     "chatglm1-base": ("mask_with_target", "gmask_with_target"),  # in chatglm1-sensitive
@@ -74,6 +77,6 @@ def save(tensors: dict[str, Tensor], path: Path) -> None:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    dense = [path.name for path in root.iterdir() if path.name.startswith(DENSE) and path.name not in EXPENDABLE]
-    for case in sys.argv[2:] or sorted(dense):
+    ours = [path.name for path in root.iterdir() if path.name.startswith((*DENSE, *EXPERTS))]
+    for case in sys.argv[2:] or sorted(set(ours) - set(EXPENDABLE)):
         trim(root / case, Path(__file__).parent / "goldens" / case)

@@ -21,12 +21,18 @@ class Name:
 
     `{i}` stands for the layer. `rows` says which rows of our tensors it is, `packing` in which order they lie
     on disk; None is all rows, as they are. Every tensor of a module (weight, bias, scale) goes by the same line.
+
+    Where `stack` says that our tensors are so many of the disk's, one on another, `{e}` stands for which it is. With
+    `whole` the line is about one tensor, and both names are complete. `at_least` is a dtype it is never narrower than.
     """
 
     file: str
     ours: str
     rows: Callable[[Spec], slice] | None = None
     packing: Callable[[Spec, Config], Packing | None] | None = None
+    stack: Callable[[Spec], int] | None = None
+    whole: bool = False
+    at_least: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,10 @@ class Generation:
 
     `spec(config, name)` reads a config.json (`name` is the folder's, for what the config leaves out) and raises
     ConfigError; `config(spec, dtype)` writes it back. `ignorable` are patterns of tensor names that published
-    files carry and the model does not use. Where the training code's own files were published, `cuts` say how it
-    cut tensors for several devices, `original` makes a config.json of the shapes of all whole tensors, and `mended`
-    gives a whole tensor (by config, name and what was stored) the form that the later, official files have.
+    files carry and the model does not use, with `{L}` for the number of layers. Where the training code's own files
+    were published, `cuts` say how it cut tensors for several devices, `original` makes a config.json of the shapes of
+    all whole tensors, and `mended` gives a whole tensor (by config, name and what was stored) the form that the
+    later, official files have.
     """
 
     name: str
@@ -67,6 +74,11 @@ class Generation:
         """Where each of our `parameters` lies on disk, in the order of the parameters."""
         return list(stored(self.names, spec, config, parameters))
 
+    def unused(self, spec: Spec) -> tuple[str, ...]:
+        """Patterns of the tensor names that a file may carry and a model of `spec` does not use."""
+        patterns = (pattern.replace("{L}", str(len(spec.blocks))) for pattern in self.ignorable)
+        return (*patterns, *self.spare_head(spec))
+
     def spare_head(self, spec: Spec) -> list[str]:
         """Pattern of the head that a file may carry although the model's head is its embedding (GLM-Edge-1.5B does)."""
         heads = [name.file for name in self.names if spec.tied and name.ours == "head"]
@@ -79,21 +91,27 @@ def stored(names: Iterable[Name], spec: Spec, config: Config, parameters: Iterab
     for name in names:
         lines.setdefault(name.ours, []).append(name)
     for parameter in parameters:
-        module, _, tensor = parameter.rpartition(".")
         if parameter == "head.weight" and spec.tied:
             continue  # it is the embedding, which is stored
-        layer = re.match(r"blocks\.(\d+)\.", module)
+        layer = re.match(r"blocks\.(\d+)\.", parameter)
         number = layer[1] if layer else ""
-        template = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", module)
-        if template not in lines:
+        template = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", parameter)
+        module, _, tensor = template.rpartition(".")
+        found = lines.get(template) or lines.get(module)
+        if found is None:
             raise ConfigError(f"this format has no name for {parameter}: it cannot hold such a model")
-        for name in lines[template]:
-            yield Stored(
-                name=f"{name.file.replace('{i}', number)}.{tensor}",
-                parameter=parameter,
-                index=() if name.rows is None else (name.rows(spec),),
-                packing=None if name.packing is None else name.packing(spec, config),
-            )
+        for name in found:
+            file = name.file.replace("{i}", number) + ("" if name.whole else f".{tensor}")
+            rows = () if name.rows is None else (name.rows(spec),)
+            places = [()] if name.stack is None else [(e,) for e in range(name.stack(spec))]
+            for place in places:
+                yield Stored(
+                    name=file.replace("{e}", str(*place)),
+                    parameter=parameter,
+                    index=(*place, *rows),
+                    packing=None if name.packing is None else name.packing(spec, config),
+                    at_least=name.at_least,
+                )
 
 
 def divided(what: int, by: int, names: str) -> int:
