@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from glm.cache import Cache
+    from glm.drafting import NextToken, PromptLookup
     from glm.errors import (
         CacheError,
         CheckpointError,
@@ -54,6 +55,7 @@ HOMES = {
         "PromptError",
         "TokenizerError",
     ),
+    "glm.drafting": ("NextToken", "PromptLookup"),
     "glm.export": ("save_pretrained",),
     "glm.family": ("release", "releases"),
     "glm.generation": ("generate", "stream"),
@@ -76,7 +78,9 @@ __all__ = [
     "Layout",
     "LayoutError",
     "MemoryFitError",
+    "NextToken",
     "PromptError",
+    "PromptLookup",
     "Spec",
     "Tokenizer",
     "TokenizerError",

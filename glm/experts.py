@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from glm.errors import ConfigError
 from glm.feed_forward import FeedForward
-from glm.linear import Weights
+from glm.linear import Stack, Weights
 from glm.norms import wide
 
 
@@ -83,8 +83,9 @@ class ExpertsModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         tokens = x.flatten(0, -2)  # [N D]
-        y = mix(tokens, *self.router(tokens), self.experts).to(x.dtype).view_as(x)
-        return y if self.shared is None else y + self.shared(x)
+        chosen, weights = self.router(tokens)
+        y = mix(tokens, chosen, weights, self.experts).to(x.dtype).view_as(x)
+        return y if self.shared is None else y.add(self.shared(x))
 
 
 def mix(x: Tensor, chosen: Tensor, weights: Tensor, expert: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -140,16 +141,4 @@ class RouterModule(nn.Module):
             y = fn(x)
             return y if x is not self.bias or y.dtype.itemsize >= 4 else x.to(y.device)
 
-        return super()._apply(kept, recurse)  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Stores `count` matrices as one, as `weights` would store each of them."""
-
-    weights: Weights
-    count: int
-
-    def linear(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
-        """A module called with x [..., inputs] and the number of a matrix -> [..., outputs]."""
-        return self.weights.stack(self.count, inputs, outputs, bias)
+        return super()._apply(kept, recurse)  # type: ignore[no-untyped-call, no-any-return]
