@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from glm.cache import Cache
     from glm.changes import diff
+    from glm.drafting import NextToken, PromptLookup
     from glm.errors import (
         CacheError,
         CheckpointError,
@@ -59,6 +60,7 @@ HOMES = {
         "PromptError",
         "TokenizerError",
     ),
+    "glm.drafting": ("NextToken", "PromptLookup"),
     "glm.export": ("save_pretrained",),
     "glm.family": ("release", "releases"),
     "glm.generation": ("generate", "stream"),
@@ -82,8 +84,10 @@ __all__ = [
     "Layout",
     "LayoutError",
     "MemoryFitError",
+    "NextToken",
     "ParallelError",
     "PromptError",
+    "PromptLookup",
     "Spec",
     "Tokenizer",
     "TokenizerError",

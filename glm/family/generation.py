@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,7 +52,8 @@ class Generation:
 
     `spec(config, name)` reads a config.json (`name` is the folder's, for what the config leaves out) and raises
     ConfigError; `config(spec, dtype)` writes it back. `ignorable` are patterns of tensor names that published
-    files carry and the model does not use, with `{L}` for the number of layers.
+    files carry and the model does not use, with `{L}` for the number of layers. `following` names, as if it were one of
+    the blocks, what a block behind the last has besides (`glm.drafting.NextToken`); most have no such block.
     """
 
     name: str
@@ -62,10 +63,20 @@ class Generation:
     names: tuple[Name, ...]
     ignorable: tuple[str, ...]
     releases: tuple[Release, ...]
+    following: tuple[Name, ...] = ()
 
     def table(self, spec: Spec, config: Config, parameters: Iterable[str]) -> list[Stored]:
         """Where each of our `parameters` lies on disk, in the order of the parameters."""
         return list(stored(self.names, spec, config, parameters))
+
+    def next_table(self, spec: Spec, config: Config, parameters: Iterable[str]) -> list[Stored]:
+        """Where each parameter of a `NextToken` lies on disk. Raises ConfigError where the format has no such block."""
+        if not self.following:
+            raise ConfigError(f"{self.name}: checkpoints of this format have no block that predicts one token further")
+        place = f"blocks.{len(spec.blocks)}."
+        ours = {place + parameter.removeprefix("block."): parameter for parameter in parameters}
+        table = stored((*self.names, *self.following), spec, config, ours)
+        return [replace(line, parameter=ours[line.parameter]) for line in table]
 
     def unused(self, spec: Spec) -> tuple[str, ...]:
         """Patterns of the tensor names that a file may carry and a model of `spec` does not use."""
