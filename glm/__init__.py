@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from glm.blanks import score
     from glm.cache import Cache
     from glm.changes import diff
+    from glm.drafting import NextToken, PromptLookup
     from glm.errors import (
         CacheError,
         CheckpointError,
@@ -61,6 +62,7 @@ HOMES = {
         "PromptError",
         "TokenizerError",
     ),
+    "glm.drafting": ("NextToken", "PromptLookup"),
     "glm.export": ("save_pretrained",),
     "glm.family": ("release", "releases"),
     "glm.generation": ("generate", "stream"),
@@ -84,8 +86,10 @@ __all__ = [
     "Layout",
     "LayoutError",
     "MemoryFitError",
+    "NextToken",
     "ParallelError",
     "PromptError",
+    "PromptLookup",
     "Spec",
     "Tokenizer",
     "TokenizerError",

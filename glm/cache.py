@@ -104,6 +104,16 @@ class Cache:
         notes: Notes = {}
         return [Slots(buffers, self.before + self.filled, notes) for buffers in self.buffers]
 
+    def rewind(self, layout: Layout) -> None:
+        """Forget all tokens behind those of `layout`, which is `self.layout` or was it before, or one without its last.
+
+        Raises CacheError for a layout that reaches further than the cache.
+        """
+        if layout.keys > self.filled or layout.positions.shape[0] != self.batch:
+            raise CacheError(f"there is no way back to {layout.keys} tokens from {self.filled}")
+        self.filled = layout.keys
+        self.layout = layout
+
     def advance(self, layout: Layout) -> None:
         """The tokens of `layout` have been written by every layer."""
         self.filled += layout.positions.shape[1]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from glm.errors import ConfigError
 from glm.feed_forward import FeedForward
-from glm.linear import Weights
+from glm.linear import Stack, Weights
 from glm.norms import wide
 from glm.shares import Cut, Run, rows
 
@@ -128,7 +128,7 @@ class ExpertsModule(nn.Module):
         tokens = x.flatten(0, -2)  # [N D]
         chosen, weights = self.router(tokens)
         y = mix(tokens, chosen, weights, self.experts, self.held).to(x.dtype).view_as(x)
-        return y if self.shared is None else y + self.shared(x)
+        return y if self.shared is None else y.add(self.shared(x))
 
 
 def mix(x: Tensor, chosen: Tensor, weights: Tensor, expert: Callable[[Tensor, int], Tensor], held: range) -> Tensor:
@@ -177,7 +177,8 @@ class RouterModule(nn.Module):
             return choice
         worth = groups.topk(2, dim=-1).values.sum(-1)  # [N groups]
         best = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, worth.topk(self.spec.kept).indices, True)
-        return groups.masked_fill(~best[..., None], -torch.inf).flatten(-2)
+        kept: Tensor = groups.masked_fill(~best[..., None], -torch.inf).flatten(-2)
+        return kept
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RouterModule":
         """What `to`, `half` and their like do to every tensor: the bias changes its place, but is never narrowed."""
@@ -186,16 +187,4 @@ class RouterModule(nn.Module):
             y = fn(x)
             return y if x is not self.bias or y.dtype.itemsize >= 4 else x.to(y.device)
 
-        return super()._apply(kept, recurse)  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Stores `count` matrices as one, as `weights` would store each of them."""
-
-    weights: Weights
-    count: int
-
-    def linear(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
-        """A module called with x [..., inputs] and the number of a matrix -> [..., outputs]."""
-        return self.weights.stack(self.count, inputs, outputs, bias)
+        return super()._apply(kept, recurse)  # type: ignore[no-untyped-call, no-any-return]

@@ -13,7 +13,7 @@ from functools import partial, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glm.linear import Weights
+from glm.linear import Stack, Weights
 from glm.shares import Cut, Run, columns, rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,7 +32,7 @@ class FeedForward:
     branches: tuple[str, ...]
     bias: bool
 
-    def build(self, width: int, weights: Weights) -> nn.Module:
+    def build(self, width: int, weights: Weights | Stack) -> nn.Module:
         """A module [B, T, width] -> [B, T, width] whose matrices are stored as `weights` says."""
         return FeedForwardModule(self, width, weights)
 
@@ -54,7 +54,7 @@ class FeedForward:
 class FeedForwardModule(nn.Module):
     """down(product of activated branches of up(x))."""
 
-    def __init__(self, spec: FeedForward, width: int, weights: Weights) -> None:
+    def __init__(self, spec: FeedForward, width: int, weights: Weights | Stack) -> None:
         super().__init__()
         self.activations = [ACTIVATIONS[name] for name in spec.branches]
         self.up = weights.linear(width, len(spec.branches) * spec.inner, spec.bias)

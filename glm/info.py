@@ -228,7 +228,8 @@ def weight_bytes(spec: Spec, dtype: torch.dtype) -> int:
 
 def cache_bytes_per_token(spec: Spec, dtype: torch.dtype) -> int:
     """Bytes that one more token adds to a cache."""
-    return dtype.itemsize * sum(heads * width for block in spec.blocks for heads, width in block.mixer.remembers)
+    numbers: int = sum(heads * width for block in spec.blocks for heads, width in block.mixer.remembers)
+    return numbers * dtype.itemsize
 
 
 def working_bytes(spec: Spec, dtype: torch.dtype, tokens: int) -> int:
@@ -242,7 +243,7 @@ def working_bytes(spec: Spec, dtype: torch.dtype, tokens: int) -> int:
     causal = isinstance(spec.reading, Causal)
     T = min(tokens, PIECE) if causal else tokens
     parts = (part for block in spec.blocks for part in (block.mixer, block.feed_forward))
-    widest: int = max(part.working(spec.width) for part in parts)
+    widest = max(int(part.working(spec.width)) for part in parts)
     streams = T * (4 * spec.width + widest) * dtype.itemsize
     mask = 0 if causal else T * tokens * (2 + dtype.itemsize)
     logits = 8 * spec.vocabulary * torch.float32.itemsize

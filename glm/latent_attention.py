@@ -110,12 +110,15 @@ class LatentAttentionModule(nn.Module):
 
     def bottleneck(self, x: Tensor) -> Tensor:
         """What queries are made from: [B, T, D] -> [B, T, query rank], or the stream itself."""
-        return x if self.spec.query_rank is None else self.query_norm(self.query_down(x))
+        if self.spec.query_rank is None:
+            return x
+        y: Tensor = self.query_norm(self.query_down(x))
+        return y
 
     def queries(self, x: Tensor, rotation: Rotation) -> Tensor:
         """Query heads, rotated: [B, T, query rank] -> [B, H, T, N + P]."""
         N, P = self.spec.plain, self.spec.rotary
-        q = (self.query if self.spec.query_rank is None else self.query_up)(x)
+        q = self.query(x) if self.spec.query_rank is None else self.query_up(x)
         plain, rotary = q.unflatten(-1, (-1, N + P)).split((N, P), dim=-1)
         return torch.cat((plain, rotation(rotary)), dim=-1).transpose(1, 2)
 

@@ -147,6 +147,14 @@ class Layout:
             return EVERYTHING
         return Mask(visible[:, None], causal=False)
 
+    def without_last(self, count: int) -> "Layout":
+        """The layout of all but the last `count` of these tokens."""
+        T, keys = self.positions.shape[1] - count, self.keys - count
+        layout = Layout.rule(self.positions[:, :T], keys, start=self.start, prefix=self.prefix_length)
+        layout.step, layout.reading = self.step, self.reading
+        layout._visible = None if self._visible is None else self._visible[:, :T, :keys]
+        return layout
+
     def following(self, count: int, step: Sequence[int]) -> "Layout":
         """The layout of `count` tokens after these: visibility as the last row's, positions going on by `step` [A].
 

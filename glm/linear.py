@@ -12,7 +12,7 @@ from torch.nn import functional as F
 class Dense:
     """y = W x + b, every weight a floating-point number of the model's dtype."""
 
-    def linear(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+    def linear(self, inputs: int, outputs: int, bias: bool) -> "Linear":
         """A module [..., inputs] -> [..., outputs]."""
         return Linear(inputs, outputs, bias=bias)
 
@@ -30,7 +30,7 @@ class RowScaled:
 
     bits: int
 
-    def linear(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+    def linear(self, inputs: int, outputs: int, bias: bool) -> "RowScaledLinear":
         """A module [..., inputs] -> [..., outputs]."""
         return RowScaledLinear(inputs, outputs, bias, self.bits)
 
@@ -40,6 +40,18 @@ class RowScaled:
 
 
 Weights = Dense | RowScaled
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Stores `count` matrices as one, as `weights` would store each of them."""
+
+    weights: Weights
+    count: int
+
+    def linear(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        """A module called with x [..., inputs] and the number of a matrix -> [..., outputs]."""
+        return self.weights.stack(self.count, inputs, outputs, bias)
 
 
 class Linear(nn.Linear):

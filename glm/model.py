@@ -191,6 +191,17 @@ class GLM(nn.Module):
 
         Raises LayoutError if the layout does not fit, CacheError if the cache is too short.
         """
+        x, states = self.stream(ids, layout, cache, hidden=hidden)
+        logits: Tensor = self.head(x[:, -1:] if last else x)  # [B T V]
+        return (logits, [*states, x]) if hidden else logits
+
+    def stream(
+        self, ids: Tensor, layout: Layout | None = None, cache: Cache | None = None, *, hidden: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What the head reads of ids [B, T], the stream [B, T, D] after the final norm, and for `hidden` all before it.
+
+        The arguments are those of a call, and so are the errors.
+        """
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise LayoutError(f"ids must be [B, T] with T ≥ 1, not {list(ids.shape)}")
         B, T = ids.shape
@@ -211,13 +222,11 @@ class GLM(nn.Module):
         memories = self.start() if cache is None else cache.memories()
 
         x = self.embed(ids, layout.positions)  # [B T D]
-        states = [x]
+        states = [x] if hidden else []
         for block, memory in zip(self.blocks, memories, strict=True):
             x = block(x, rotation, mask, memory)
             if hidden:
                 states.append(x)
         if cache is not None:
             cache.advance(layout)
-        x = self.final_norm(x)
-        logits: Tensor = self.head(x[:, -1:] if last else x)  # [B T V]
-        return (logits, [*states, x]) if hidden else logits
+        return self.final_norm(x), states

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ def joined(part: GLM, mesh: "DeviceMesh") -> GLM:
     part.requires_grad_(False)
     V, D = part.spec.vocabulary, part.spec.width
     for module in (part.embedding, part.head):
-        local = cast(Tensor, module.weight).detach()
+        local = module.weight.detach()
         table = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size((V, D)), stride=(D, 1))
         module.weight = nn.Parameter(table, requires_grad=False)
     sublayer = sum_style()

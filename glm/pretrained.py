@@ -12,7 +12,8 @@ import torch
 
 from glm import family
 from glm.checkpoint import Checkpoint, fill, match
-from glm.errors import CheckpointError
+from glm.drafting import NextToken
+from glm.errors import CheckpointError, ConfigError
 from glm.family.generation import Generation
 from glm.hub import fetch
 from glm.info import require_fit
@@ -77,6 +78,38 @@ def load(
     require_fit(spec, dtype, device)
     fill(model, checkpoint, table, ignorable, dtype=dtype, device=device, progress=progress)
     return model.train(False)
+
+
+def load_next(source: str | PathLike[str], model: GLM, *, guesses: int, revision: str | None = None) -> NextToken:
+    """The block behind the last in the checkpoint that `model` was loaded from, in its dtype and on its device.
+
+    Its embedding and head are the model's own, unless the files hold others for it.
+
+    Raises ConfigError for a format without such a block, CheckpointError where the files do not hold it, or another's.
+    """
+    folder = fetch(source, revision)
+    checkpoint = Checkpoint.open(folder)
+    generation, spec = described(checkpoint, Path(source).name)
+    if spec != model.spec:
+        raise ConfigError(f"{folder}: describes another model than the one it is to make guesses for")
+    drafter = NextToken(spec, guesses).to(model.dtype)
+    shared = {"embedding": model.embedding, "head": model.head}
+    table = generation.next_table(spec, checkpoint.config, drafter.state_dict())
+    block = "".join(table[0].name.partition(f".{len(spec.blocks)}.")[:2])
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name.startswith(block)}
+    if not tensors:
+        raise CheckpointError(f"{checkpoint.listing}: holds no {block}*, the block that predicts one token further")
+    for name in shared:
+        [line] = [line for line in table if line.parameter == f"{name}.weight"]
+        if line.name not in tensors:
+            table.remove(line)
+            delattr(drafter, name)
+    fill(drafter, replace(checkpoint, tensors=tensors), table, device=model.device)
+    for name, module in shared.items():
+        own = getattr(drafter, name, None)
+        if own is None or torch.equal(own.weight, module.get_parameter("weight")):  # published files hold copies
+            setattr(drafter, name, module)
+    return drafter.train(False)
 
 
 def described(checkpoint: Checkpoint, name: str) -> tuple[Generation, Spec]:

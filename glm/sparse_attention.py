@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from glm.cache import Memory, Shape
 from glm.errors import ConfigError
-from glm.latent_attention import LatentAttention
+from glm.latent_attention import LatentAttention, LatentAttentionModule
 from glm.layout import Mask
 from glm.linear import Weights
 from glm.norms import Norm, wide
@@ -77,7 +77,7 @@ class SparseAttentionModule(nn.Module):
     def __init__(self, spec: SparseAttention, width: int, weights: Weights) -> None:
         super().__init__()
         self.spec = spec
-        self.attention = spec.attention.build(width, weights)
+        self.attention = LatentAttentionModule(spec.attention, width, weights)
         self.indexer = None
         if spec.indexer is not None and spec.attention.query_rank is not None:
             self.indexer = IndexerModule(spec.indexer, spec.attention.query_rank, width, weights)
@@ -92,8 +92,7 @@ class SparseAttentionModule(nn.Module):
         else:
             latents, keys = memory.extend(latent, self.indexer.key(x, rotation))
             chosen = memory.notes[CHOSEN] = self.indexer(x, asked, keys, rotation, mask)
-        out: Tensor = self.attention.answer(self.attention.queries(asked, rotation), *only(chosen, latents, mask))
-        return out
+        return self.attention.answer(self.attention.queries(asked, rotation), *only(chosen, latents, mask))
 
 
 def only(chosen: Tensor, latents: Tensor, mask: Mask) -> tuple[Tensor, Mask]:

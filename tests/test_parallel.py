@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -37,14 +38,19 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name in ("float64", "float32"):
         recipe(folder / name, clip=0.5)
     paths = os.pathsep.join([str(PROJECT), str(PROJECT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
+    pair = subprocess.Popen(
         [*TORCHRUN, "tests/two_processes.py", str(folder)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        input=QUESTIONS, capture_output=True, text=True, cwd=PROJECT, timeout=600,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, cwd=PROJECT, text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    try:
+        printed, errors = pair.communicate(QUESTIONS, timeout=600)
+    except subprocess.TimeoutExpired:
+        os.killpg(pair.pid, signal.SIGKILL)  # they wait for each other
+        raise
+    assert pair.returncode == 0, errors
     result: dict[str, Any] = json.loads((folder / "found.json").read_text())
-    return result | {"printed": done.stdout}
+    return result | {"printed": printed}
 
 
 # -- who holds what ----------------------------------------------------------------------------------------------------

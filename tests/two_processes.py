@@ -27,7 +27,7 @@ from glm.latent_attention import LatentAttention
 from glm.linear import RowScaled
 from glm.model import GLM
 from glm.norms import LayerNorm, RMSNorm
-from glm.parallel import agreed, first, mesh_of_all, tensor_parallel, together, whole
+from glm.parallel import agreed, first, mesh_of_all, tensor_parallel, whole
 from glm.positions import Plain, Rotary
 from glm.prefix import Prefix
 from glm.recipe import Recipe
@@ -216,9 +216,10 @@ def trained(folder: Path, double: bool) -> dict[str, Any]:
     return found
 
 
-def main() -> int:
+def main() -> None:
     """Everything, in the order of the tests."""
     torch.set_num_threads(1)
+    cli.chat()
     place = Path(sys.argv[1])
     own = torch.rand((), dtype=torch.float64)
     found = {
@@ -231,8 +232,8 @@ def main() -> int:
     }
     if first():
         (place / "found.json").write_text(json.dumps(found))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["chat"]) or together(main))
+    cli.app.command("find")(main)
+    sys.exit(cli.main(["find"]))

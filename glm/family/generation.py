@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,8 @@ class Generation:
     were published, `cuts` say how it cut tensors for several devices, `original` makes a config.json of the shapes of
     all whole tensors, and `mended` gives a whole tensor (by config, name and what was stored) the form that the
     later, official files have.
+    files carry and the model does not use, with `{L}` for the number of layers. `following` names, as if it were one of
+    the blocks, what a block behind the last has besides (`glm.drafting.NextToken`); most have no such block.
     """
 
     name: str
@@ -69,10 +71,20 @@ class Generation:
     cuts: tuple[Cut, ...] = ()
     original: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
     mended: Callable[[Config, str, torch.Tensor], torch.Tensor] | None = None
+    following: tuple[Name, ...] = ()
 
     def table(self, spec: Spec, config: Config, parameters: Iterable[str]) -> list[Stored]:
         """Where each of our `parameters` lies on disk, in the order of the parameters."""
         return list(stored(self.names, spec, config, parameters))
+
+    def next_table(self, spec: Spec, config: Config, parameters: Iterable[str]) -> list[Stored]:
+        """Where each parameter of a `NextToken` lies on disk. Raises ConfigError where the format has no such block."""
+        if not self.following:
+            raise ConfigError(f"{self.name}: checkpoints of this format have no block that predicts one token further")
+        place = f"blocks.{len(spec.blocks)}."
+        ours = {place + parameter.removeprefix("block."): parameter for parameter in parameters}
+        table = stored((*self.names, *self.following), spec, config, ours)
+        return [replace(line, parameter=ours[line.parameter]) for line in table]
 
     def unused(self, spec: Spec) -> tuple[str, ...]:
         """Patterns of the tensor names that a file may carry and a model of `spec` does not use."""

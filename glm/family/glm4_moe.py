@@ -291,7 +291,15 @@ NAMES = (
     *FEED_FORWARD,
 )
 
-# The layer behind the last, which predicts one token further.
+# The block behind the last, which predicts one token further: what it has besides, and all that files hold of it.
+FOLLOWING = (
+    Name("model.layers.{i}.embed_tokens", "blocks.{i}.embedding"),
+    Name("model.layers.{i}.enorm", "blocks.{i}.token_norm"),
+    Name("model.layers.{i}.hnorm", "blocks.{i}.stream_norm"),
+    Name("model.layers.{i}.eh_proj", "blocks.{i}.join"),
+    Name("model.layers.{i}.shared_head.norm", "blocks.{i}.norm"),
+    Name("model.layers.{i}.shared_head.head", "blocks.{i}.head"),
+)
 NEXT = (
     r"model\.layers\.{L}\.(embed_tokens|enorm|hnorm|eh_proj|shared_head\.(norm|head)"
     r"|input_layernorm|post_attention_layernorm|(self_attn|mlp)\..+)\.\w+",
@@ -351,4 +359,5 @@ GENERATION = Generation(
     names=NAMES,
     ignorable=NEXT,
     releases=RELEASES,
+    following=FOLLOWING,
 )

@@ -13,6 +13,7 @@ from glm.family.generation import Config, Generation, Name, Release
 from glm.family.glm4_moe import (
     BRAIN,
     FEED_FORWARD,
+    FOLLOWING,
     FRAME,
     NEXT,
     build,
@@ -155,4 +156,5 @@ GENERATION = Generation(
     names=NAMES,
     ignorable=NEXT,
     releases=RELEASES,
+    following=FOLLOWING,
 )

@@ -14,6 +14,7 @@ from glm.family.generation import Config, Generation, Name, Release
 from glm.family.glm4_moe import (
     BRAIN,
     FEED_FORWARD,
+    FOLLOWING,
     FRAME,
     NEXT,
     build,
@@ -140,4 +141,5 @@ GENERATION = Generation(
     names=NAMES,
     ignorable=NEXT,
     releases=RELEASES,
+    following=FOLLOWING,
 )
