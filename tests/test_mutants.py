@@ -108,7 +108,7 @@ def changes(path: str, value: Any, spec: Spec) -> Iterator[tuple[str, Any]]:
 def alternatives(field: str, value: Any, spec: Spec) -> Iterator[tuple[str, Any]]:
     """(label, value) of what else the field could be: other parts, other names, numbers that are off."""
     for kind, part in parts(field, spec).items():
-        if type(part) is not type(value):
+        if type(part) is not type(value) and not (field == "rotary" and isinstance(value, int)):  # a width, not a part
             yield kind, part
     for option in OPTIONS.get(field, ()):
         if option != value:
