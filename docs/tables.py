@@ -97,6 +97,14 @@ def releases() -> str:
     return table(head, [[" ".join(same), *cells] for cells, same in names.items()])
 
 
+def diff() -> str:
+    """What `glm diff` prints of two releases."""
+    from glm.changes import diff as compared
+
+    names = "chatglm3-6b", "chatglm3-6b-32k"
+    return f"```\n$ glm diff {' '.join(names)}\n{compared(*names)}\n```"
+
+
 def parity() -> str:
     """What `glm verify` finds on the reference outputs in the repository."""
     found = result("parity")
@@ -114,6 +122,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cpu-speed-bfloat16": partial(cpu_speed, "bfloat16"),
     "load-memory": load_memory,
     "releases": releases,
+    "diff": diff,
     "parity": parity,
 }
 

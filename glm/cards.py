@@ -28,7 +28,7 @@ HEAD = (
     ("bf16", "GB"),
     ("int4", "GB"),
     ("KV", "KiB"),  # of a token
-    ("context", ""),
+    ("window", ""),  # the context, in tokens
     ("fits", "bf16"),  # a card of so many GiB, or so many cards
     ("fits", "int4"),
 )
@@ -51,10 +51,12 @@ class Sizes:
     @property
     def cells(self) -> tuple[str, ...]:
         """The line as text, under `HEAD`."""
-        learnt = (self.parameters,) if self.active == self.parameters else (self.parameters, self.active)
+        learnt = billions(self.parameters)
+        if self.active < self.parameters:
+            learnt = "/".join(f"{count / 1e9:.{int(count < 1e10)}f}" for count in (self.parameters, self.active))
         return (
             str(self.release.year),
-            "/".join(billions(count) for count in learnt),
+            learnt,
             billions(self.bf16),
             billions(self.int4),
             f"{self.per_token / 1024:.0f}",

@@ -43,7 +43,9 @@ def test_bytes_of_a_release_with_experts() -> None:
 
 def test_the_cards_that_the_issue_names() -> None:
     assert sizes(release("glm-4.5-air")).card_int4 == "80"
-    assert sizes(release("glm-4.7-flash")).card_int4 == "24"
+    flash = sizes(release("glm-4.7-flash"))
+    assert flash.card_int4 == "24"
+    assert flash.cells[1] == "30/3.9"
 
 
 def test_the_smallest_card_that_is_large_enough() -> None:
