@@ -28,7 +28,7 @@ HEAD = (
     ("bf16", "GB"),
     ("int4", "GB"),
     ("KV", "KiB"),  # of a token
-    ("window", ""),  # the context, in tokens
+    ("ctx", ""),  # the context, in tokens
     ("fits", "bf16"),  # a card of so many GiB, or so many cards
     ("fits", "int4"),
 )
