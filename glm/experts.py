@@ -132,7 +132,8 @@ class RouterModule(nn.Module):
             return choice
         worth = groups.topk(2, dim=-1).values.sum(-1)  # [N groups]
         best = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, worth.topk(self.spec.kept).indices, True)
-        return groups.masked_fill(~best[..., None], -torch.inf).flatten(-2)
+        kept: Tensor = groups.masked_fill(~best[..., None], -torch.inf).flatten(-2)
+        return kept
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RouterModule":
         """What `to`, `half` and their like do to every tensor: the bias changes its place, but is never narrowed."""
