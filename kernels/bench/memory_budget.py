@@ -3,8 +3,8 @@
     python kernels/bench/memory_budget.py [glm-4.7-flash] [--layers 4] [--context 2048] [--under DIR]
 
 Synthesises the release with its first layers at their full size, loads it on the CPU in the dtype it is stored in,
-reads a prompt and writes up to `context` tokens in all. Writes results/memory_budget.json: the peak of resident memory beyond
-what the process had before, against the prediction (weights + cache + working space) and 3 % more.
+reads a prompt and writes up to `context` tokens in all. Writes results/memory_budget.json: the peak of resident memory
+beyond what the process had before, against the prediction (weights + cache + working space) and 3 % more.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from machine import ROOT, provenance, write
 
 CHILD = """
-import json, resource, sys
+import json, re, sys
 import torch
 import glm
 from glm.generation import generate
@@ -25,7 +25,7 @@ from glm.info import describe
 from glm.pretrained import load
 torch.set_num_threads(1)
 a = torch.ones(64, 64, dtype=torch.bfloat16); (a @ a).float().softmax(-1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024  # not the parent's
 folder, context, written = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 predicted = describe(folder, context).need
 before = peak()
