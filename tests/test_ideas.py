@@ -368,7 +368,7 @@ def test_a_prefix_is_keys_and_values_that_everybody_sees() -> None:
     visible = torch.cat((torch.ones(6, 3), torch.ones(6, 6).tril()), dim=1).bool()
     block, layout = bare.blocks[0], bare.layout(IDS)
     rotation = bare.spec.rotary.rotation(layout.positions, torch.float64)
-    x = block(bare.embedding(IDS), rotation, Mask(visible[None, None], causal=False), Before(None))
+    x = block(bare.embedding(IDS), rotation, Mask(visible[None, None], causal=False), Before(None, {}))
     assert same(bare.head(bare.final_norm(x)), model(IDS))
     assert len(seen) == 1
 
@@ -391,7 +391,7 @@ def test_leaves_are_every_field() -> None:
     assert found["prefix.length"] == 3
     assert found["rotary.scaling"] == Plain()
     assert found["stop"] == (1,)
-    blocks = 2 * (1 + 2 + 5 + 3)  # wiring, norm, mixer, feed-forward
+    blocks = 2 * (1 + 2 + 6 + 3)  # wiring, norm, mixer, feed-forward
     assert len(found) == 3 + 1 + 5 + blocks + 2 + 1 + 2 + 1 + 2  # in the order of the fields of Spec
 
 
