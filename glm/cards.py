@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from glm.experts import Experts
 from glm.family import releases
 from glm.family.generation import Release
-from glm.info import cache_bytes_per_token, parameters, tensors, weight_bytes, working_bytes
+from glm.info import active_parameters, cache_bytes_per_token, parameters, tensors, weight_bytes, working_bytes
 from glm.linear import Dense, RowScaled
 from glm.spec import Spec
 
@@ -28,7 +27,7 @@ HEAD = (
     ("bf16", "GB"),
     ("int4", "GB"),
     ("KV", "KiB"),  # of a token
-    ("window", ""),  # the context, in tokens
+    ("ctx", ""),  # the context, in tokens
     ("fits", "bf16"),  # a card of so many GiB, or so many cards
     ("fits", "int4"),
 )
@@ -82,7 +81,7 @@ def sizes(release: Release) -> Sizes:
     return Sizes(
         release=release,
         parameters=parameters(spec),
-        active=parameters(spec) - idle(spec),
+        active=active_parameters(spec),
         bf16=bf16,
         int4=int4,
         per_token=per_token,
@@ -98,12 +97,6 @@ def int4_bytes(spec: Spec) -> int:
     )
     matrices = 2 * packed
     return weight_bytes(spec, torch.bfloat16) - 2 * matrices + round(INT4 * matrices)
-
-
-def idle(spec: Spec) -> int:
-    """Parameters that one token does not meet: those of experts that are not chosen for it."""
-    sublayers = (block.feed_forward for block in spec.blocks)
-    return sum(experts.idle(spec.width) for experts in sublayers if isinstance(experts, Experts))
 
 
 def card(needed: float) -> str:

@@ -1,6 +1,6 @@
 """What changed between two models: their specs compared field by field.
 
-    print(glm.diff("chatglm2-6b", "chatglm2-6b-32k"))     # rotary.scaling: Plain() → Interpolation(factor=16.0)
+    print(glm.diff(one, another))     # rotary.scaling: Plain() → Interpolation(factor=16.0)
 
 Blocks are compared by their number. The same change in neighbouring blocks is one line, `blocks[1:46].feed_forward`
 as Python would slice it; blocks that only one of the two has are said to be like the one before them where they are.

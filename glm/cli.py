@@ -447,7 +447,8 @@ def info(
     published = f", {about.release.hub}, {about.release.year}" if about.release else ""
     print(f"{called(about.source)} (generation {about.generation}{published})\n")
     print(f"{about.spec}\n")
-    print(f"parameters  {about.parameters:,}")
+    active = f" ({about.active:,} active for a token)" if about.active < about.parameters else ""
+    print(f"parameters  {about.parameters:,}{active}")
     print(f"cache       {need.per_token:,} bytes a token, {size(need.cache)} for {need.context:,} tokens")
     print(f"memory      {'unknown' if found is None else f'{size(found.bytes)} {found.where}'}\n")
 

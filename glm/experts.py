@@ -86,10 +86,6 @@ class Experts:
         fields = (self.expert, self.count, self.top, self.shared, self.router)
         return HeldExperts(*fields, some, self.together.share(rank, ranks))
 
-    def idle(self, width: int) -> int:
-        """Numbers that a token does not meet: the matrices of the experts that are not chosen for it."""
-        return (self.count - self.top) * (len(self.expert.branches) + 1) * self.expert.inner * width
-
     def working(self, width: int) -> int:
         """Numbers that a token takes in a forward pass, at most: what one expert reads, does and adds, and the sum."""
         return 2 * width + 2 * width + max(self.expert.working(width), self.together.working(width))

@@ -19,6 +19,7 @@ import torch
 
 from glm import family
 from glm.errors import CheckpointError, GLMError, MemoryFitError
+from glm.experts import Experts
 from glm.family.generation import Generation, Release
 from glm.fields import read_object
 from glm.hub import fetch
@@ -74,6 +75,7 @@ class Info:
     spec: Spec
     dtype: torch.dtype  # of what its files hold as floating-point numbers
     parameters: int
+    active: int  # of those, what one token goes through
     storage: str  # the key of `needs` that was asked for
     needs: dict[str, Need]  # by storage: "stored" as the files have it, then the keys of STORAGES
     found: Found | None  # None: unknown
@@ -117,6 +119,7 @@ def describe(
         spec=spec,
         dtype=dtype,
         parameters=parameters(spec),
+        active=active_parameters(spec),
         storage=weights,
         needs={way: need(replace(spec, weights=w), d, tokens) for way, (d, w) in ways.items()},
         found=memory_found(device),
@@ -219,6 +222,23 @@ def once(module: torch.nn.Module) -> list[torch.Tensor]:
 def parameters(spec: Spec) -> int:
     """Numbers the model has learnt, however its matrices are stored."""
     return sum(x.numel() for x in tensors(replace(spec, weights=Dense()), torch.float32))
+
+
+def active_parameters(spec: Spec) -> int:
+    """Of those, what a token goes through: all but the experts that are not chosen for it."""
+    spared = 0
+    for block in spec.blocks:
+        if isinstance(block.feed_forward, Experts):
+            spared += (block.feed_forward.count - block.feed_forward.top) * expert_parameters(
+                block.feed_forward, spec.width
+            )
+    return parameters(spec) - spared
+
+
+def expert_parameters(experts: Experts, width: int) -> int:
+    """Numbers of one expert."""
+    with torch.device("meta"):
+        return sum(x.numel() for x in experts.expert.build(width, Dense()).parameters())
 
 
 def weight_bytes(spec: Spec, dtype: torch.dtype) -> int:

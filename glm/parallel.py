@@ -1,6 +1,6 @@
 """Many processes, one model: tensor parallelism for running it, FSDP for training it. All of it on torch.distributed.
 
-    torchrun --nproc-per-node 2 -m glm chat zai-org/GLM-4-32B-0414      # or complete, infill, verify, train
+    torchrun --nproc-per-node 2 -m glm chat SOURCE      # or complete, infill, verify, train
 
 Tensor parallelism makes every rank hold a narrower model – fewer heads, fewer inner channels, fewer experts – whose
 sublayers add up to the whole one's (`glm.shares`). So a rank's model is an ordinary `GLM` of a narrower spec, its cache

@@ -107,7 +107,7 @@ def load_next(source: str | PathLike[str], model: GLM, *, guesses: int, revision
     fill(drafter, replace(checkpoint, tensors=tensors), table, device=model.device)
     for name, module in shared.items():
         own = getattr(drafter, name, None)
-        if own is None or torch.equal(own.weight, module.get_parameter("weight")):  # published files hold copies
+        if own is None or torch.equal(own.state_dict()["weight"], module.state_dict()["weight"]):  # mostly copies
             setattr(drafter, name, module)
     return drafter.train(False)
 

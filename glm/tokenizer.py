@@ -16,6 +16,7 @@ from typing import Any
 from glm import chat
 from glm.chat import Message, Part, TextFormat, Token, Tool
 from glm.errors import PromptError, TokenizerError
+from glm.reply import Reader
 from glm.vocabulary import Apart, ByteLevel, Ranks, SentencePiece, Stream, Vocabulary, WordPieces, index, merged
 
 VOCABULARIES = (  # files that hold one, in the order they are looked for
@@ -195,6 +196,18 @@ class Tokenizer:
         if not isinstance(answer, str):
             answer = self.decode(takewhile(lambda id: id not in self.stop, map(index, answer)))
         return self.format.answer(answer)
+
+    def reader(self, prompt: Iterable[int] = (), tools: Iterable[Tool] | None = None) -> Reader:
+        """Reads the answer to `prompt` while it is written; `tools` are those it may call. See `glm.reply`.
+
+        PromptError: the release marks neither thoughts nor calls.
+        """
+        if self.format.marks is None:
+            raise PromptError(f"{self.format.name} has no marks to read an answer by; use parse or replies")
+        marks = self.format.marks(list(tools or ()))
+        opened, closed = (self._pieces.special.get(name, self._pieces.others.get(name)) for name in marks.thought)
+        last = next((id for id in reversed(list(prompt)) if id in (opened, closed)), None)
+        return Reader(marks, thinking=last is not None and last == opened)
 
     def _prompt(
         self, messages: Iterable[Message], tools: Iterable[Tool] | None, reply: bool, thinking: bool | None

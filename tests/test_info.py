@@ -54,6 +54,19 @@ def test_parameters_are_the_published_ones(name: str, count: int) -> None:
     assert info.parameters(release(name).spec) == count
 
 
+@pytest.mark.parametrize(
+    ("name", "billions", "active"),  # as the releases are called, which is without the embedding or with it
+    [("glm-4.5", 355, 32), ("glm-4.5-air", 106, 12), ("glm-4.7-flash", 30, 3), ("glm-5", 744, 40)],
+)
+def test_active_parameters_are_about_the_published_ones(name: str, billions: int, active: int) -> None:
+    spec = release(name).spec
+    embedding = spec.vocabulary * spec.width
+    assert info.parameters(spec) == pytest.approx(billions * 1e9, rel=0.01)
+    assert info.active_parameters(spec) - 2 * embedding <= (active + 1) * 1e9
+    assert info.active_parameters(spec) >= active * 1e9
+    assert info.active_parameters(release("chatglm3-6b").spec) == 6_243_584_000
+
+
 def test_bytes_are_those_of_published_indices() -> None:
     assert info.weight_bytes(release("chatglm3-6b").spec, torch.float16) == 12_487_168_064 - 64  # less inv_freq
     assert info.weight_bytes(release("glm-4-9b-chat-hf").spec, torch.bfloat16) == 18_799_902_720

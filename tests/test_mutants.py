@@ -77,7 +77,7 @@ INVISIBLE["glm4_moe"] = EXPERTS | roundings("norm", "mixer.qk_norm")
 INVISIBLE["glm4_moe_lite"] = EXPERTS | roundings("norm", "mixer.norm")
 INVISIBLE["glm_moe_dsa"] = EXPERTS | roundings("norm", "mixer.attention.norm")
 INVISIBLE["glm_moe_dsa"] |= {
-    f"blocks[{at}].mixer.indexer.norm.eps": "it moves scores too little for another choice; test_sparse_attention.py"
+    f"blocks[{at}].mixer.indexer.norm.eps": "it moves scores too little for another choice; test_latent_attention.py"
     for at in ("middle", "kind0", "kind1")
 }
 
