@@ -168,7 +168,7 @@ def common_config(spec: Spec) -> dict[str, Any]:
     """The way back from `common`. Raises ConfigError for a model without experts."""
     first = next((i for i, block in enumerate(spec.blocks) if isinstance(block.feed_forward, Experts)), None)
     if first is None:
-        raise ConfigError("this format is for models with experts")
+        raise ConfigError("this format is for models with experts, and none of these layers has any: keep more of them")
     experts = spec.blocks[first].feed_forward
     return {
         "attention_dropout": 0.0,
