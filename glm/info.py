@@ -129,7 +129,7 @@ def _from_config(source: str | os.PathLike[str], revision: str | None) -> tuple[
     folder = fetch(source, revision=revision, weights=False)
     config = read_object(folder / "config.json")
     generation = family.recognise(config)
-    return generation, generation.spec(config, Path(source).name), stored_dtype(config)
+    return generation, generation.read(config, Path(source).name), stored_dtype(config)
 
 
 def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -13,7 +13,7 @@ from typing import Any
 from glm.attention import Attention
 from glm.feed_forward import FeedForward
 from glm.layout import LayoutRule
-from glm.linear import Weights
+from glm.linear import Dense, Weights
 from glm.norms import Norm
 from glm.positions import Rotary
 from glm.prefix import Prefix
@@ -46,6 +46,7 @@ class Spec:
     weights: Weights  # how the matrices of the blocks are stored
     pad: int | None
     stop: tuple[int, ...]  # ids that end a text
+    head: Weights = Dense()  # how the head is stored, which every release leaves dense
 
     def __str__(self) -> str:
         """The tree, one field a line, equal neighbouring blocks written once."""

@@ -21,6 +21,7 @@ from glm.errors import GLMError
 from glm.family import GENERATIONS, recognise
 from glm.family.generation import Generation
 from glm.feed_forward import ACTIVATIONS
+from glm.grouped import Grouped
 from glm.layout import Blank, Causal
 from glm.linear import Dense, RowScaled
 from glm.model import GLM
@@ -139,7 +140,8 @@ def parts(field: str, spec: Spec) -> dict[str, Any]:
         "final_norm": norms | {"none": None},
         "scaling": {"plain": Plain(), "interpolation": Interpolation(1.001), "yarn": yarn},
         "reading": {"causal": Causal(), "blank": Blank(sop=1, masks=(2,), axes=1, fixed=())},
-        "weights": {"dense": Dense(), "row scaled": RowScaled(8)},
+        "weights": {"dense": Dense(), "row scaled": RowScaled(8), "grouped": Grouped(8, None, True)},
+        "head": {"dense": Dense(), "row scaled": RowScaled(8)},
         "prefix": {"none": None, "some": Prefix(2, None)},
         "pad": {"none": None, "some": 0},
     }
