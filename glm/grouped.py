@@ -84,5 +84,5 @@ def dequantize(
     integers = unpack(packed, form.bits, inputs).to(dtype).unflatten(-1, (scales.shape[-1], -1))  # [O groups group]
     if zeros is not None:
         integers -= zeros.to(dtype)[..., None]
-    integers *= scales.to(dtype)[..., None]
-    return integers.flatten(-2)
+    weight: Tensor = integers.mul_(scales.to(dtype)[..., None]).flatten(-2)
+    return weight

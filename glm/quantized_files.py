@@ -240,7 +240,7 @@ def from_awq(tensors: Tensors, module: str, scheme: Scheme) -> Tensors:
     qzeros = scales if form.symmetric else taken(tensors, f"{module}.qzeros", torch.int32, groups, words)
 
     def integers(name: str, info: TensorInfo) -> Tensor:
-        eights = unpack(read(f"{module}.{name}", info), 4, outputs).unflatten(-1, (-1, 8))
+        eights: Tensor = unpack(read(f"{module}.{name}", info), 4, outputs).unflatten(-1, (-1, 8))
         return eights[..., AWQ_ORDER].flatten(-2).T.contiguous()
 
     return parts(
