@@ -17,12 +17,13 @@ def pack(values: Tensor, bits: int) -> Tensor:
     codes = F.pad(codes, (0, -codes.shape[-1] % (32 // bits)))
     if bits == 4:
         codes = codes[..., 0::2] | codes[..., 1::2] << 4
-    return codes.contiguous().view(torch.int32)
+    flat = codes.reshape(-1).view(torch.int32)  # a single row may have any stride, which a view of it would not like
+    return flat.view(*codes.shape[:-1], codes.shape[-1] // 4)
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """int32 words -> the int8 [..., count] that `pack` made them of."""
-    codes = words.contiguous().view(torch.uint8)
+    codes = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], words.shape[-1] * 4)
     if bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
     return (codes - (1 << (bits - 1))).view(torch.int8)[..., :count]

@@ -24,7 +24,7 @@ __all__ = ["METHODS", "Integers", "dequantize", "quantize"]
 SHRINK: Final = tuple(1 - step / 25 for step in range(14))  # 1 to 0.48 of the full range
 SHIFTS: Final = (0, -1, 1)  # of the zero point
 REFINEMENTS: Final = 2
-ELEMENTS: Final = 1 << 21  # worked on at a time: rows are independent, so memory need not grow with the matrix
+ELEMENTS: Final = 1 << 19  # worked on at a time: rows are independent, so memory need not grow with the matrix
 
 
 class Integers(NamedTuple):

@@ -183,12 +183,12 @@ def from_compressed_tensors(tensors: Tensors, module: str, scheme: Scheme) -> Te
     """Words and scales as they are; zero points unpacked."""
     form, packed = scheme.form, tensors[f"{module}.weight_packed"]
     outputs, inputs = read(f"{module}.weight_shape", taken(tensors, f"{module}.weight_shape", torch.int64, 2)).tolist()
-    groups, words = form.groups(inputs), -(-outputs * form.bits // 32)
     if packed.shape != (outputs, inputs * form.bits // 32):
         raise CheckpointError(
             f"{packed.file}: the tensor {shown(f'{module}.weight_packed')} is {list(packed.shape)}, which is not "
             f"{outputs} rows of {inputs} integers of {form.bits} bits"
         )
+    groups, words = form.groups(inputs), -(-outputs * form.bits // 32)
     if form.symmetric:
         return {}
     name = f"{module}.weight_zero_point"
