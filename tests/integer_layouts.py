@@ -22,11 +22,10 @@ def words(rows: np.ndarray, bits: int, places: tuple[int, ...] | None = None) ->
     per = 32 // bits
     places = places or tuple(range(per))
     out = np.zeros((rows.shape[0], -(-rows.shape[1] // per)), dtype=np.uint32)
-    for n in range(rows.shape[0]):
-        for word in range(out.shape[1]):
-            for p, column in enumerate(places):
-                if word * per + column < rows.shape[1]:
-                    out[n, word] |= np.uint32(int(rows[n, word * per + column]) << (bits * p))
+    for word in range(out.shape[1]):
+        for p, column in enumerate(places):
+            if word * per + column < rows.shape[1]:
+                out[:, word] |= rows[:, word * per + column].astype(np.uint32) << np.uint32(bits * p)
     return torch.from_numpy(out.view(np.int32).copy())
 
 
