@@ -637,6 +637,8 @@ def synthesize(
     out: Annotated[Path, option("DIR", "The folder to create.")],
     seed: Annotated[int, option("N", "Of the random weights.")] = 0,
     layers: Annotated[int | None, option("N", "Make only so many layers.", "all")] = None,
+    weights: Annotated[str | None, option("WEIGHTS", "int4 or int8.", "as the release has them")] = None,
+    group: Annotated[str, option("N", "Columns that share a scale of integers, or row.")] = "128",
 ) -> None:
     """Write a checkpoint of random weights, to measure with.
 
@@ -650,9 +652,11 @@ def synthesize(
     from glm.synthesize import synthesize as make
 
     chosen = family.release(release)
-    total = weight_bytes(replace(chosen.spec, blocks=chosen.spec.blocks[:layers]), chosen.dtype)
+    kind = None if weights is None else form(weights, group, symmetric=True)
+    spec = replace(chosen.spec, blocks=chosen.spec.blocks[:layers], weights=kind or chosen.spec.weights)
+    total = weight_bytes(spec, chosen.dtype)
     with progress_bar(f"writing {out}", total) as progress:
-        make(release, out, seed=seed, layers=layers, progress=progress)
+        make(release, out, seed=seed, layers=layers, weights=kind, progress=progress)
     note(f"{out} is written")
 
 
