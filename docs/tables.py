@@ -119,6 +119,24 @@ def parity() -> str:
     return f"{table(head, rows)}\n\n{source(found)}. Written by `python docs/parity.py`."
 
 
+def accuracy() -> str:
+    """What integer weights cost."""
+    found = result("accuracy")
+    parts = []
+    for case in found["cases"]:
+        head = ["weights", "group", "zero points", "method", "last layer (rms)", "KL", "perplexity", "same token"]
+        rows = []
+        for row in case["rows"]:
+            zeros = {True: "no", False: "yes", None: ""}[row["symmetric"]]
+            figures = [f"{row['layers'][-1]:.1e}", f"{row['KL']:.1e}", f"{row['perplexity']:.5g}"]
+            rows.append([row["weights"], row["group"], zeros, row["method"], *figures, f"{row['agreement']:.1%}"])
+        parts.append(f"{case['what']}\n\n{table(head, rows)}")
+    note = (
+        f"{source(found)}. Written by `python kernels/bench/accuracy.py`, which also has the error after every layer."
+    )
+    return "\n\n".join([*parts, note])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "cpu-speed-float32": partial(cpu_speed, "float32"),
@@ -126,6 +144,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "load-memory": load_memory,
     "releases": releases,
     "parity": parity,
+    "accuracy": accuracy,
 }
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from glm.errors import GLMError
 from glm.grouped import Grouped
 from glm.packing import pack
-from glm.quantization import ELEMENTS, Integers, Range, nearest_integers, search
+from glm.quantization import Integers, Range, nearest_integers, search
 
 DAMPING: Final = 0.01  # of the mean of H's diagonal, added to it: text never fills all directions
 STEP: Final = 128  # columns whose errors are passed on together
+ELEMENTS: Final = 1 << 23  # worked on at a time: a step of the loop over columns costs much the same for any few rows
 
 
 def gptq(weight: Tensor, hessian: Tensor, form: Grouped, scale_dtype: torch.dtype | None = None) -> Integers:

@@ -210,9 +210,9 @@ def working_bytes(spec: Spec, dtype: torch.dtype, tokens: int) -> int:
     streams = T * (4 * spec.width + widest) * dtype.itemsize
     mask = 0 if causal else T * tokens * (2 + dtype.itemsize)
     logits = 8 * spec.vocabulary * torch.float32.itemsize
-    per_byte = 8 // spec.weights.bits if isinstance(spec.weights, RowScaled) else 1
+    per_byte = 1 if isinstance(spec.weights, Dense) else 8 // spec.weights.bits
     matrix = max(
-        x.numel() * (per_byte * (2 + 2 * dtype.itemsize) if x.dtype == torch.int8 else dtype.itemsize)
+        x.numel() * dtype.itemsize if x.is_floating_point() else x.nbytes * per_byte * (2 + 2 * dtype.itemsize)
         for x in tensors(spec, dtype)
     )
     return streams + mask + logits + matrix
