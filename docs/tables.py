@@ -131,9 +131,7 @@ def accuracy() -> str:
             figures = [f"{row['layers'][-1]:.1e}", f"{row['KL']:.1e}", f"{row['perplexity']:.5g}"]
             rows.append([row["weights"], row["group"], zeros, row["method"], *figures, f"{row['agreement']:.1%}"])
         parts.append(f"{case['what']}\n\n{table(head, rows)}")
-    note = (
-        f"{source(found)}. Written by `python kernels/bench/accuracy.py`, which also has the error after every layer."
-    )
+    note = f"{source(found)}. Written by `python kernels/bench/accuracy.py`, which has all layers."
     return "\n\n".join([*parts, note])
 
 
