@@ -43,6 +43,10 @@ class Grouped:
         """A module [..., inputs] -> [..., outputs]. Raises ConfigError where the groups do not divide `inputs`."""
         return GroupedLinear(self, inputs, outputs, bias)
 
+    def stack(self, count: int, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        """`count` such layers in one: a module called with x [..., inputs] and the number of a layer."""
+        return GroupedStack(self, count, inputs, outputs, bias)
+
 
 class GroupedLinear(nn.Module):
     """y = (s ⊙ (q - z)) x + b; the weight is written out in the dtype of `x` at every call.
@@ -73,6 +77,29 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
         return F.linear(x, self.dense(x.dtype), self.bias)
+
+
+class GroupedStack(nn.Module):
+    """y = (s_e ⊙ (q_e - z_e)) x + b_e for a number e; only that matrix is written out. Every tensor is [count, …]."""
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+
+    def __init__(self, form: Grouped, count: int, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.form = form
+        for name, x in GroupedLinear(form, inputs, outputs, bias=False).named_buffers():
+            self.register_buffer(name, x.new_zeros(count, *x.shape))
+        if form.symmetric:
+            self.register_buffer("weight_zero_point", None)
+        self.bias = nn.Parameter(torch.zeros(count, outputs)) if bias else None
+
+    def forward(self, x: Tensor, e: int) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        zeros = None if self.weight_zero_point is None else self.weight_zero_point[e]
+        weight = dequantize(self.weight_packed[e], self.weight_scale[e], zeros, self.form, x.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias[e])
 
 
 def dequantize(

@@ -87,8 +87,9 @@ def read_weights(groups: Fields, name: str) -> Grouped:
     weights = None if group is None else group.section("weights")
     if group is None or weights is None:
         raise ConfigError(f"{groups.source}: {shown(name)} says nothing of weights")
-    if "Linear" not in (group.values.get("targets") or ()):
-        group.refuse("targets", "['Linear']", group.values.get("targets"))
+    targets = group.values.get("targets")
+    if not (isinstance(targets, list) and "Linear" in targets):
+        group.refuse("targets", "['Linear']", targets)
     group.choice("format", ("pack-quantized",), default="pack-quantized")
     nothing(group, "input_activations", "output_activations")
     weights.choice("type", ("int",), default="int")
@@ -136,7 +137,7 @@ def names(pattern: str, module: str) -> bool:
     """Whether a line of `ignore` means the module: its name, or a regular expression for how it begins."""
     try:
         return re.match(pattern[3:], module) is not None if pattern.startswith("re:") else pattern == module
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         raise ConfigError(f"config.json: {CONFIG}: ignore: {shown(pattern)} is no regular expression") from None
 
 

@@ -163,3 +163,21 @@ def test_the_module_computes_with_the_dequantised_weight(form: Grouped, bias: bo
     assert torch.allclose(module(x), expected, rtol=1e-12, atol=1e-12)
     names = {"weight_packed", "weight_scale", *(() if form.symmetric else ("weight_zero_point",))}
     assert module.state_dict().keys() == names | ({"bias"} if bias else set())
+
+
+@pytest.mark.parametrize("form", [Grouped(4, 32, False), Grouped(8, None, True)], ids=str)
+def test_each_layer_of_a_stack_is_a_layer(form: Grouped) -> None:
+    stack = form.stack(3, 64, 8, bias=True)
+    layers = [form.linear(64, 8, bias=True) for _ in range(3)]
+    for e, layer in enumerate(layers):
+        packed, scales, zeros = quantize(normal(8, 64, e), form)
+        for name, x in (("packed", packed), ("scale", scales), ("zero_point", zeros)):
+            if x is not None:
+                layer.get_buffer(f"weight_{name}").copy_(x)
+                stack.get_buffer(f"weight_{name}")[e] = x
+        torch.nn.init.normal_(layer.get_parameter("bias").data)
+        stack.get_parameter("bias").data[e] = layer.get_parameter("bias").data
+    assert stack.state_dict().keys() == layers[0].state_dict().keys()
+    x = normal(5, 64, 9)
+    for e, layer in enumerate(layers):
+        assert torch.equal(stack(x, e), layer(x))
