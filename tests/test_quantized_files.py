@@ -26,6 +26,7 @@ from glm.grouped import Grouped
 from glm.info import describe
 from glm.layout import Blank
 from glm.model import GLM
+from glm.verify import FLOAT32_ABSOLUTE
 
 GOLDENS = Path(__file__).parent / "goldens"
 WHOLE = {  # goldens whose every width can be cut so, and the last two with q, k and v together, or head by head
@@ -234,6 +235,21 @@ def test_we_read_what_compressed_tensors_writes(tmp_path: Path, form: Grouped) -
         (tmp_path / folder / "config.json").write_text(json.dumps(config | more, default=str))
         save_file(held, tmp_path / folder / "model.safetensors")
     assert same(logits(tmp_path / "a"), logits(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("form", [Grouped(4, 16, True), Grouped(4, 16, False), Grouped(8, None, True)], ids=str)
+def test_transformers_computes_the_same(tmp_path: Path, form: Grouped) -> None:
+    theirs()
+    transformers = pytest.importorskip("transformers")
+    compress(GOLDENS / "hf_glm4-base", tmp_path / "out", form, quiet=True)
+    dense = transformers.CompressedTensorsConfig(dequantize=True)  # its other way does not know packed zero points
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, quantization_config=dense
+    )
+    ids = torch.arange(1, 20)[None]
+    with torch.inference_mode():
+        difference = other(ids).logits - GLM.from_pretrained(tmp_path / "out")(ids)
+    assert float(difference.abs().max()) < FLOAT32_ABSOLUTE
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
