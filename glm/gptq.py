@@ -51,20 +51,17 @@ def each_column(chosen: Range, group: Tensor) -> Range:
 
 def rounded(w: Tensor, U: Tensor, chosen: Range, form: Grouped) -> Tensor:
     """Integers int8 [R, I] for w [R, I], each column's error made up for by those after it."""
-    w, q = w.clone(), torch.empty_like(w, dtype=torch.int8)
-    for start in range(0, w.shape[1], STEP):
-        part = slice(start, start + STEP)
-        now, errors = w[:, part], torch.empty_like(w[:, part])
-        for j in range(now.shape[1]):
-            column = slice(start + j, start + j + 1)
-            own = Range(chosen.scales[:, column], chosen.zeros[:, column])
-            integers = nearest_integers(now[:, j : j + 1], own, form)
-            q[:, column] = integers.to(torch.int8)
-            error = (now[:, j : j + 1] - own.scales * (integers - own.zeros)) / U[start + j, start + j]
-            now[:, j + 1 :] -= error * U[start + j, part][j + 1 :]
-            errors[:, j : j + 1] = error
-        w[:, start + STEP :] -= errors @ U[part, start + STEP :]
-    return q
+    w, scales, zeros = (x.T.contiguous().clone() for x in (w, *chosen))  # [I R]: a column is one stroke of memory
+    q = torch.empty_like(w, dtype=torch.int8)
+    for start in range(0, len(w), STEP):
+        end = min(start + STEP, len(w))
+        errors = torch.empty_like(w[start:end])
+        for j in range(start, end):
+            q[j] = integers = nearest_integers(w[j], Range(scales[j], zeros[j]), form)
+            errors[j - start] = (w[j] - scales[j] * (integers - zeros[j])) / U[j, j]
+            w[j + 1 : end].addr_(U[j, j + 1 : end], errors[j - start], alpha=-1)
+        w[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
+    return q.T
 
 
 def inverse_root(hessian: Tensor) -> Tensor:

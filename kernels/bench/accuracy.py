@@ -64,11 +64,11 @@ def main() -> None:
         },
     ]
     with tempfile.TemporaryDirectory() as place:
-        synthesize(SYNTHETIC, Path(place) / SYNTHETIC, layers=2)
+        synthesize(SYNTHETIC, Path(place) / SYNTHETIC, layers=1)
         spec = replace(family.release(SYNTHETIC).spec, context=128)
         some = [Grouped(8, 128, True), Grouped(4, 128, True), Grouped(4, None, True)]
-        read, other = random_texts(spec, 128, 4, seed=0), random_texts(spec, 128, 8, seed=1)
-        what = f"`{SYNTHETIC}` with random weights, its first two layers, on random ids; GPTQ with others:"
+        read, other = random_texts(spec, 128, 2, seed=0), random_texts(spec, 128, 8, seed=1)
+        what = f"`{SYNTHETIC}` with random weights, its first layer, on random ids; GPTQ with others:"
         cases.append({"what": what, "rows": rows(Path(place) / SYNTHETIC, read, some, other)})
     print(write("accuracy", provenance() | {"cases": cases}))
 
