@@ -238,6 +238,7 @@ def test_we_read_what_compressed_tensors_writes(tmp_path: Path, form: Grouped) -
 
 
 @pytest.mark.parametrize("form", [Grouped(4, 16, True), Grouped(4, 16, False), Grouped(8, None, True)], ids=str)
+@pytest.mark.filterwarnings("ignore:You passed")
 def test_transformers_computes_the_same(tmp_path: Path, form: Grouped) -> None:
     theirs()
     transformers = pytest.importorskip("transformers")
