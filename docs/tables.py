@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "kernels" / "results"
-DOCUMENTS = ("README.md", "kernels/README.md", "weights/README.md", "weights/tiny-glm/README.md")
+DOCUMENTS = ("README.md", "kernels/README.md", "weights/README.md", "weights/tiny-glm/README.md", "docs/accuracy.md")
 
 
 def result(name: str) -> dict[str, Any]:
@@ -116,6 +116,22 @@ def parity() -> str:
     return f"{table(head, rows)}\n\n{source(found)}. Written by `python docs/parity.py`."
 
 
+def accuracy(groups: tuple[str, ...]) -> str:
+    """What integer weights cost, in groups of these sizes."""
+    found = result("accuracy")
+    parts = []
+    for case in found["cases"]:
+        head = ["weights", "group", "zero points", "method", "last layer (rms)", "KL", "perplexity", "same token"]
+        rows = []
+        for row in (row for row in case["rows"] if row["group"] in ("", *groups)):
+            zeros = {True: "no", False: "yes", None: ""}[row["symmetric"]]
+            figures = [f"{row['layers'][-1]:.1e}", f"{row['KL']:.1e}", f"{row['perplexity']:.5g}"]
+            rows.append([row["weights"], row["group"], zeros, row["method"], *figures, f"{row['agreement']:.1%}"])
+        parts.append(f"{case['what']}\n\n{table(head, rows)}")
+    note = f"{source(found)}. Written by `python kernels/bench/accuracy.py`, which has all layers."
+    return "\n\n".join([*parts, note])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "cpu-speed-float32": partial(cpu_speed, "float32"),
@@ -124,6 +140,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "releases": releases,
     "diff": diff,
     "parity": parity,
+    "accuracy": partial(accuracy, ("128",)),
+    "accuracy-all": partial(accuracy, ("32", "64", "128", "row")),
 }
 
 

@@ -29,6 +29,7 @@ from glm.errors import GLMError, ParallelError
 if TYPE_CHECKING:
     import torch
 
+    from glm.grouped import Grouped
     from glm.model import GLM
     from glm.talk import Talk
     from glm.tokenizer import Tokenizer
@@ -577,12 +578,98 @@ def convert(
     note(f"{destination} is written")
 
 
+@app.command(epilog="Example: glm quantize chatglm3-6b chatglm3-int4 --weights int4 --group 128")
+def quantize(
+    source: Annotated[str, argument("SRC", "Checkpoint folder or hub id.")],
+    destination: Annotated[Path, argument("DST", "The folder to create.")],
+    weights: Annotated[str, option("WEIGHTS", "int4 or int8.")] = "int4",
+    group: Annotated[str, option("N", "Columns that share a scale: 32, 64, 128, … or row.")] = "128",
+    method: Annotated[
+        str | None, option("METHOD", "nearest, search or gptq.", "gptq with --calibration, else search")
+    ] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With zero points.")] = False,
+    calibration: Annotated[
+        Path | None, option("FILE", "Text, or .jsonl conversations, to choose integers by.", "none")
+    ] = None,
+    head: Annotated[bool, typer.Option("--head", help="The head too. The embedding stays as it is.")] = False,
+) -> None:
+    """Rewrite a checkpoint with integer weights.
+
+    In the compressed-tensors layout, which other engines read as well. The folder appears complete or not at all.
+    """
+    from glm.compress import compress
+
+    chosen = method or ("search" if calibration is None else "gptq")
+    compress(
+        source, destination, form(weights, group, not asymmetric), method=chosen, calibration=calibration, head=head
+    )
+    note(f"{destination} is written")
+
+
+def form(weights: str, group: str, symmetric: bool) -> "Grouped":
+    """Integers as they are asked for; BadParameter for none."""
+    from glm.grouped import Grouped
+
+    if weights not in ("int4", "int8"):
+        raise typer.BadParameter(f"{weights!r} is not one of int4, int8.")
+    if group != "row" and not (group.isdecimal() and int(group) >= 8):
+        raise typer.BadParameter(f"{group!r} is no group: take 32, 64, 128 or row.")
+    return Grouped(int(weights.removeprefix("int")), None if group == "row" else int(group), symmetric)
+
+
+@app.command(epilog="Example: glm accuracy chatglm3-6b --text book.txt --weights int4 --group 128,row")
+def accuracy(
+    source: Annotated[str, argument("SOURCE", "Checkpoint folder or hub id.")],
+    text: Annotated[Path | None, option("FILE", "Text, or .jsonl conversations, to predict.", "random ids")] = None,
+    calibration: Annotated[
+        Path | None, option("FILE", "Other text, for gptq.", "random ids if the text is, else none: no gptq")
+    ] = None,
+    weights: Annotated[str, option("LIST", "int4, int8 or both.")] = "int8,int4",
+    group: Annotated[str, option("LIST", "Columns that share a scale.")] = "32,64,128,row",
+    length: Annotated[int, option("N", "Tokens of a text at most.")] = 256,
+    texts: Annotated[int, option("N", "Texts at most, of either file.")] = 32,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With zero points as well.")] = False,
+    out: Annotated[Path | None, option("FILE", "Write the figures as JSON too.", "no")] = None,
+) -> None:
+    """What integer weights cost: error of every layer, KL of the logits, perplexity.
+
+    bfloat16, then every method and group size, against the weights as they are stored, computed in float32.
+    """
+    import torch
+
+    from glm.accuracy import measure, variants, weighed
+    from glm.checkpoint import write_object
+    from glm.hub import fetch
+    from glm.progress import progress_bar
+    from glm.texts import given_or_random
+
+    folder = fetch(source)
+    read, learnt = given_or_random(folder, text, calibration, length, texts)
+    kinds = (True, False)[: 1 + asymmetric]
+    forms = [form(w, g, kind) for w in weights.split(",") for g in group.split(",") for kind in kinds]
+    ways = variants(forms, ("nearest", "search", *(("gptq",) if learnt else ())))
+    if (total := weighed(folder)) < 64 << 20:
+        torch.set_num_threads(1)  # as for `opened`
+    with progress_bar("measuring", total * len(ways)) as progress:
+        results = measure(folder, read, ways, learnt, progress)
+    table = columns("weights", "group>", "", "method", "last layer>", "KL>", "perplexity>", "agreement>")
+    for row in (result.row() for result in results):
+        kind = {True: "symmetric", False: "asymmetric", None: ""}[row["symmetric"]]
+        figures = f"{row['layers'][-1]:.1e}", f"{row['KL']:.1e}", f"{row['perplexity']:.4f}", f"{row['agreement']:.2%}"
+        table.add_row(row["weights"], row["group"], kind, row["method"], *figures)
+    show(table)
+    if out is not None:
+        write_object(out, {"rows": [result.row() for result in results]})
+
+
 @app.command(epilog="Example: glm synthesize chatglm3-6b --out /tmp/chatglm3-random")
 def synthesize(
     release: Annotated[str, argument("RELEASE", "A name from `glm releases`.")],
     out: Annotated[Path, option("DIR", "The folder to create.")],
     seed: Annotated[int, option("N", "Of the random weights.")] = 0,
     layers: Annotated[int | None, option("N", "Make only so many layers.", "all")] = None,
+    weights: Annotated[str | None, option("WEIGHTS", "int4 or int8.", "as the release has them")] = None,
+    group: Annotated[str, option("N", "Columns that share a scale of integers, or row.")] = "128",
 ) -> None:
     """Write a checkpoint of random weights, to measure with.
 
@@ -597,9 +684,11 @@ def synthesize(
     from glm.synthesize import synthesize as make
 
     chosen = family.release(release)
-    total = weight_bytes(replace(chosen.spec, blocks=chosen.spec.blocks[:layers]), chosen.dtype)
+    kind = None if weights is None else form(weights, group, symmetric=True)
+    spec = replace(chosen.spec, blocks=chosen.spec.blocks[:layers], weights=kind or chosen.spec.weights)
+    total = weight_bytes(spec, chosen.dtype)
     with progress_bar(f"writing {out}", total) as progress:
-        make(release, out, seed=seed, layers=layers, progress=progress)
+        make(release, out, seed=seed, layers=layers, weights=kind, progress=progress)
     note(f"{out} is written")
 
 

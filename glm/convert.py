@@ -27,7 +27,13 @@ from glm.tensor_file import Outgoing, finite
 
 DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMATS = {"chatglm": "chatglm2", "hf": "glm4"}
-FIXED = ("*.inv_freq", "*.weight_scale", "*.e_score_correction_bias")  # a release depends on their very rounding
+# A release depends on the very rounding of these.
+FIXED = (
+    "*.inv_freq",
+    "*.weight_scale",
+    "*.scales",
+    "*.e_score_correction_bias",
+)  # a release depends on their very rounding
 
 
 def convert(

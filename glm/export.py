@@ -17,8 +17,10 @@ from glm import family
 from glm.checkpoint import SHARD_BYTES, Checkpoint, Stored, export, match, save
 from glm.errors import ConfigError, ParallelError
 from glm.family.generation import Generation
+from glm.grouped import Grouped
 from glm.model import GLM
 from glm.norms import RMSNorm
+from glm.quantized_files import as_published
 from glm.spec import Spec, leaves
 from glm.tensor_file import Outgoing, Progress, read_tensor
 
@@ -69,8 +71,9 @@ def exported(
     `shapes` are the model's tensors by name, possibly on the meta device; `numbers` gives a tensor of the disk when
     its turn comes, and `dtype` says what a parameter's floating-point numbers are stored as.
     """
-    config = generation.config(spec) | {"torch_dtype": str(dtype(next(iter(shapes)))).removeprefix("torch.")}
-    return config, export(generation.table(spec, config, shapes), shapes, numbers, dtype)
+    config = generation.write(spec) | {"torch_dtype": str(dtype(next(iter(shapes)))).removeprefix("torch.")}
+    tensors = export(generation.table(spec, config, shapes), shapes, numbers, dtype)
+    return config, as_published(tensors, spec.weights.bits) if isinstance(spec.weights, Grouped) else tensors
 
 
 def chosen(spec: Spec, name: str | None) -> Generation:
@@ -93,7 +96,7 @@ def chosen(spec: Spec, name: str | None) -> Generation:
 def read_back(generation: Generation, spec: Spec) -> Spec | None:
     """What the config.json that this generation writes for `spec` reads as; None where it has no words for it."""
     try:
-        return generation.spec(generation.config(spec), "")
+        return generation.read(generation.write(spec), "")
     except (ConfigError, AttributeError, AssertionError, TypeError, ValueError):
         return None
 
@@ -114,7 +117,8 @@ def renamed(checkpoint: Checkpoint, name: str, generation: str) -> tuple[dict[st
     `name` is the checkpoint's own, as for `Generation.spec`. Raises ConfigError where the format cannot hold it.
     """
     source = family.recognise(checkpoint.config)
-    spec = source.spec(checkpoint.config, name)
+    spec = source.read(checkpoint.config, name)
+    checkpoint = source.ours(checkpoint)
     model = GLM(spec, device="meta")
     shapes = model.state_dict()
     table = source.table(spec, checkpoint.config, shapes)

@@ -110,7 +110,6 @@ def describe(
         raise GLMError(f"a context of {context} tokens holds nothing; ask for at least 1")
     known = named(source, revision)
     spec, dtype = known.spec, known.dtype
-    ways = {"stored": (dtype, spec.weights)} | STORAGES
     tokens = spec.context if context is None else context
     return Info(
         source=str(source),
@@ -121,7 +120,8 @@ def describe(
         parameters=parameters(spec),
         active=active_parameters(spec),
         storage=weights,
-        needs={way: need(replace(spec, weights=w), d, tokens) for way, (d, w) in ways.items()},
+        needs={"stored": need(spec, dtype, tokens)}
+        | {way: need(replace(spec, weights=w, head=Dense()), d, tokens) for way, (d, w) in STORAGES.items()},
         found=memory_found(device),
     )
 
@@ -148,7 +148,7 @@ def named(source: str | os.PathLike[str], revision: str | None = None) -> Named:
         return Named(family.generation_of(release.name), release, release.spec, release.dtype)
     config = read_object(fetch(source, revision=revision, weights=False) / "config.json")
     generation = family.recognise(config)
-    return Named(generation, None, generation.spec(config, Path(source).name), stored_dtype(config))
+    return Named(generation, None, generation.read(config, Path(source).name), stored_dtype(config))
 
 
 def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -221,7 +221,7 @@ def once(module: torch.nn.Module) -> list[torch.Tensor]:
 
 def parameters(spec: Spec) -> int:
     """Numbers the model has learnt, however its matrices are stored."""
-    return sum(x.numel() for x in tensors(replace(spec, weights=Dense()), torch.float32))
+    return sum(x.numel() for x in tensors(replace(spec, weights=Dense(), head=Dense()), torch.float32))
 
 
 def active_parameters(spec: Spec) -> int:
@@ -267,7 +267,7 @@ def working_bytes(spec: Spec, dtype: torch.dtype, tokens: int) -> int:
     streams = T * (4 * spec.width + widest) * dtype.itemsize
     mask = 0 if causal else T * tokens * (2 + dtype.itemsize)
     logits = 8 * spec.vocabulary * torch.float32.itemsize
-    written_out = (8 // spec.weights.bits * (2 + 2 * dtype.itemsize)) if isinstance(spec.weights, RowScaled) else 0
-    matrices = (written_out * x.shape[-2:].numel() for x in tensors(spec, dtype) if x.dtype == torch.int8)
-    matrix = max(FILE_PIECE, *matrices, 0)
+    written_out = 0 if isinstance(spec.weights, Dense) else 8 // spec.weights.bits * (2 + 2 * dtype.itemsize)
+    integers = (x for x in tensors(spec, dtype) if not x.is_floating_point())
+    matrix = max(FILE_PIECE, *(written_out * x.shape[-2:].numel() * x.itemsize for x in integers), 0)
     return streams + mask + logits + matrix

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glm.grouped import Grouped
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -39,7 +41,7 @@ class RowScaled:
         return RowScaledStack(count, inputs, outputs, bias, self.bits)
 
 
-Weights = Dense | RowScaled
+Weights = Dense | RowScaled | Grouped
 
 
 @dataclass(frozen=True)

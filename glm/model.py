@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from glm.cache import Cache, Memory, Notes, Passing
 from glm.errors import LayoutError
 from glm.layout import Layout, Mask
-from glm.linear import Dense, Weights, empty_embedding
+from glm.linear import Weights, empty_embedding
 from glm.positions import Rotation
 from glm.spec import Block, Spec
 
@@ -60,7 +60,7 @@ class GLM(nn.Module):
                 self.prefix = spec.prefix.build(len(spec.blocks), spec.blocks[0].mixer.remembers)
             self.blocks = nn.ModuleList(BlockModule(block, spec.width, spec.weights) for block in spec.blocks)
             self.final_norm = nn.Identity() if spec.final_norm is None else spec.final_norm.build(spec.width)
-            self.head = Dense().linear(spec.width, spec.vocabulary, bias=False)
+            self.head = spec.head.linear(spec.width, spec.vocabulary, bias=False)
         self.to(dtype or torch.get_default_dtype())
         device = torch.device(device or torch.get_default_device())
         if device.type != "meta":
@@ -77,8 +77,10 @@ class GLM(nn.Module):
             generator.manual_seed(seed)
         with torch.no_grad():
             for name, x in self.state_dict().items():
-                if x.dtype == torch.int8 or name.endswith("bias"):
+                if not x.is_floating_point() or name.endswith("bias"):
                     x.zero_()
+                elif name.endswith("weight_scale"):
+                    x.fill_(1 if x.dim() == 1 else 0)  # packed integers of zero bits are -2^(bits-1)
                 elif x.dim() == 1:
                     x.fill_(1)
                 else:

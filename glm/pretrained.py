@@ -55,6 +55,7 @@ def load(
     if prefix is not None:
         checkpoint = with_prefix(checkpoint, Checkpoint.open(fetch(prefix)))
     generation, spec = described(checkpoint, Path(source).name)
+    checkpoint = generation.ours(checkpoint)
     if len(spec.blocks) > len(checkpoint.tensors):  # said before a thousand blocks are built to find it out
         count = len(checkpoint.tensors)
         raise CheckpointError(f"{checkpoint.listing}: has {count} tensors for {len(spec.blocks)} layers")
@@ -115,7 +116,7 @@ def load_next(source: str | PathLike[str], model: GLM, *, guesses: int, revision
 def described(checkpoint: Checkpoint, name: str) -> tuple[Generation, Spec]:
     """The generation of a checkpoint and its spec; errors name its config.json."""
     generation = family.recognise(checkpoint.config)
-    return generation, generation.spec(checkpoint.config, name)
+    return generation, generation.read(checkpoint.config, name)
 
 
 def with_prefix(base: Checkpoint, addition: Checkpoint) -> Checkpoint:

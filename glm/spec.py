@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from glm.layout import LayoutRule
-from glm.linear import Weights
+from glm.linear import Dense, Weights
 from glm.norms import Norm
 from glm.positions import Learned, Rotary, Unturned
 from glm.prefix import Prefix
@@ -53,6 +53,7 @@ class Spec:
     pad: int | None
     stop: tuple[int, ...]  # ids that end a text
     learned: Learned | None = None  # position tables added to the embedding; only the first generation has any
+    head: Weights = Dense()  # how the head is stored, which every release leaves dense
 
     def __str__(self) -> str:
         """The tree, one field a line, equal neighbouring blocks written once."""

@@ -66,6 +66,13 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Derived(TensorInfo):
+    """A tensor that no file holds as it is wanted: made, when its turn comes, of what lies at `begin` to `end`."""
+
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Outgoing:
     """A tensor to be written: what it will be, and how to get it when its turn has come."""
 
@@ -168,9 +175,12 @@ def pieces(
 ) -> Iterator[tuple[int, Tensor]]:
     """A tensor, seen as `shape`, in runs of rows: (first row, rows). Each run overwrites the one before.
 
-    Runs of which no row is `wanted` are not read.
+    Runs of which no row is `wanted` are not read. What is derived comes in one run.
     """
     if not math.prod(shape):
+        return
+    if isinstance(info, Derived):
+        yield 0, info.make().view(shape)
         return
     rows = max(1, PIECE // (math.prod(shape[1:]) * info.dtype.itemsize))
     buffer = torch.empty(min(rows, shape[0]), *shape[1:], dtype=info.dtype, device="cpu")

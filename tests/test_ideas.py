@@ -398,7 +398,7 @@ def test_leaves_are_every_field() -> None:
     assert found["rotary.scaling"] == Plain()
     assert found["stop"] == (1,)
     blocks = 2 * (1 + 2 + 6 + 3)  # wiring, norm, mixer, feed-forward
-    assert len(found) == 3 + 1 + 5 + blocks + 2 + 1 + 2 + 1 + 2 + 1  # in the order of the fields of Spec
+    assert len(found) == 3 + 1 + 5 + blocks + 2 + 1 + 2 + 1 + 2 + 1 + 1  # in the order of the fields of Spec
 
 
 def test_a_spec_prints_itself_with_equal_blocks_once() -> None:

@@ -15,6 +15,7 @@ from glm import info, memory
 from glm.checkpoint import Checkpoint
 from glm.errors import CheckpointError, GLMError, MemoryFitError
 from glm.family import release, releases
+from glm.grouped import Grouped
 from glm.linear import RowScaled
 from glm.memory import Found, size
 from glm.model import GLM
@@ -81,6 +82,20 @@ def test_integer_weights_take_their_bits_and_one_scale_a_row(bits: int) -> None:
     saved = 28 * (2 * matrices - matrices * bits // 8 - 2 * rows)
     integer = info.weight_bytes(replace(dense, weights=RowScaled(bits)), torch.float16)
     assert integer == info.weight_bytes(dense, torch.float16) - saved
+
+
+@pytest.mark.parametrize(("group", "groups"), [(128, 32), (None, 1)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_take_a_scale_each_and_possibly_a_zero_point(group: int | None, groups: int, symmetric: bool) -> None:
+    dense = replace(release("glm-4-9b-0414").spec, blocks=release("glm-4-9b-0414").spec.blocks[:1])
+    D, F, QKV = 4096, 13696, (32 + 2 * 2) * 128
+    matrices = QKV * D + D * D + 2 * F * D + D * F
+    scales = (QKV + D + 2 * F) * groups + D * (groups * F // D if group else 1)
+    saved = 2 * matrices - matrices // 2 - scales * (2 if symmetric else 3)
+    integer = replace(dense, weights=Grouped(4, group, symmetric))
+    assert info.weight_bytes(integer, torch.bfloat16) == info.weight_bytes(dense, torch.bfloat16) - saved
+    one = info.working_bytes(integer, torch.bfloat16, 1) - info.working_bytes(dense, torch.bfloat16, 1)
+    assert one == max(0, (2 + 2 * 2) * 2 * F * D - 2 * dense.vocabulary * D)  # the largest matrix, written out
 
 
 @pytest.mark.parametrize("folder", HERE, ids=lambda folder: folder.name)

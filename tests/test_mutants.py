@@ -22,6 +22,7 @@ from glm.errors import GLMError
 from glm.family import GENERATIONS, recognise
 from glm.family.generation import Generation
 from glm.feed_forward import ACTIVATIONS
+from glm.grouped import Grouped
 from glm.layout import Blank, Causal, InTurn
 from glm.linear import Dense, RowScaled
 from glm.model import GLM
@@ -176,7 +177,8 @@ def parts(field: str, spec: Spec) -> dict[str, Any]:
         "reading": {"causal": Causal(), "blank": Blank(**ids), "in turn": InTurn(**ids)},
         "rotary": {"unturned": Unturned(), "turned": turn},
         "learned": {"none": None, "some": Learned(spec.context, 2)},
-        "weights": {"dense": Dense(), "row scaled": RowScaled(8)},
+        "weights": {"dense": Dense(), "row scaled": RowScaled(8), "grouped": Grouped(8, None, True)},
+        "head": {"dense": Dense(), "row scaled": RowScaled(8)},
         "prefix": {"none": None, "some": Prefix(2, None)},
         "pad": {"none": None, "some": 0},
     }

@@ -176,7 +176,7 @@ def config(spec: Spec) -> dict[str, Any]:
 
 def qkv_packing(spec: Spec, config: Config) -> PerHead | None:
     """Flat q | k | v rows, as in every release; head by head where multi_query_attention is off."""
-    return None if config.get("multi_query_attention", True) else PerHead(spec.blocks[0].mixer.heads)
+    return None if config.get("multi_query_attention") in (None, True) else PerHead(spec.blocks[0].mixer.heads)
 
 
 NAMES = (

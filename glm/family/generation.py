@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 
-from glm.checkpoint import Packing, Stored
+from glm import quantized_files
+from glm.checkpoint import Checkpoint, Packing, Stored
 from glm.errors import ConfigError
+from glm.grouped import Grouped
+from glm.linear import Dense
 from glm.parts import Cut
+from glm.quantized_files import Scheme
 from glm.spec import Spec
 
 Config = Mapping[str, Any]
@@ -52,13 +56,14 @@ class Generation:
     """One family of checkpoints that share a config format and a table of tensor names.
 
     `spec(config, name)` reads a config.json (`name` is the folder's, for what the config leaves out) and raises
-    ConfigError; `config(spec, dtype)` writes it back. `ignorable` are patterns of tensor names that published
-    files carry and the model does not use, with `{L}` for the number of layers. Where the training code's own files
-    were published, `cuts` say how it cut tensors for several devices, `original` makes a config.json of the shapes of
-    all whole tensors, and `mended` gives a whole tensor (by config, name and what was stored) the form that the
-    later, official files have.
-    files carry and the model does not use, with `{L}` for the number of layers. `following` names, as if it were one of
-    the blocks, what a block behind the last has besides (`glm.drafting.NextToken`); most have no such block.
+    ConfigError; `config(spec, dtype)` writes it back. Neither knows of a `quantization_config`, which is the same in
+    every generation: `read` and `write` do. `ignorable` are patterns of tensor names that published files carry and
+    the model does not use, with `{L}` for the number of layers. `following` names, as if it were one of the blocks,
+    what a block behind the last has besides (`glm.drafting.NextToken`); most have no such block.
+
+    Where the training code's own files were published, `cuts` say how it cut tensors for several devices, `original`
+    makes a config.json of the shapes of all whole tensors, and `mended` gives a whole tensor (by config, name and what
+    was stored) the form that the later, official files have.
     """
 
     name: str
@@ -72,6 +77,39 @@ class Generation:
     original: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
     mended: Callable[[Config, str, torch.Tensor], torch.Tensor] | None = None
     following: tuple[Name, ...] = ()
+
+    def read(self, config: Config, name: str) -> Spec:
+        """The spec of a config.json, quantised or not. Raises ConfigError."""
+        spec, scheme = self.spec(config, name), self.scheme(config)
+        if scheme is None:
+            return spec
+        if spec.weights != Dense():
+            raise ConfigError("config.json: has both quantization_config and quantization_bit; one of them is stale")
+        return replace(spec, weights=scheme.form, head=scheme.form if scheme.head and not spec.tied else Dense())
+
+    def write(self, spec: Spec) -> dict[str, Any]:
+        """The config.json of a spec, quantised or not. Raises ConfigError where no words say how it is stored."""
+        if not isinstance(spec.weights, Grouped):
+            if spec.head != Dense():
+                raise ConfigError("no format has an integer head with other matrices in another form")
+            return self.config(spec)
+        if spec.head not in (Dense(), spec.weights):
+            raise ConfigError("no format has a head and other matrices in integers of two forms")
+        dense = self.config(replace(spec, weights=Dense(), head=Dense()))
+        ignore = [] if spec.head == spec.weights else [self.file("head")]
+        return dense | {quantized_files.CONFIG: quantized_files.write_scheme(spec.weights, ignore)}
+
+    def scheme(self, config: Config) -> Scheme | None:
+        """How a config.json says that matrices are quantised; None where it does not. Raises ConfigError."""
+        return quantized_files.read_scheme(config, self.file("head"))
+
+    def ours(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint, with integers in the layouts of others seen as our own. Raises CheckpointError."""
+        return quantized_files.ours(checkpoint, self.scheme(checkpoint.config))
+
+    def file(self, module: str) -> str:
+        """What our `module` is called on disk; "" where this format does not have it."""
+        return next((name.file for name in self.names if name.ours == module), "")
 
     def table(self, spec: Spec, config: Config, parameters: Iterable[str]) -> list[Stored]:
         """Where each of our `parameters` lies on disk, in the order of the parameters."""

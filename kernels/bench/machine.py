@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -48,6 +49,8 @@ def write(name: str, result: dict[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    one_line = re.compile(r"\[\s+([^][{}]+?)\s+\]")  # lists of numbers
+    text = one_line.sub(lambda row: f"[{' '.join(row[1].split())}]", json.dumps(result, indent=1))
+    temporary.write_text(text + "\n")
     os.replace(temporary, path)
     return path

@@ -15,28 +15,18 @@ of x. What comes back is contiguous. The kernel takes float16, bfloat16 and floa
 the rest. The backward pass is plain torch.
 """
 
-from types import SimpleNamespace
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-try:
-    import triton
-    from triton import language as tl
-except ImportError:  # the reference runs
-    triton, tl = None, SimpleNamespace(constexpr=Any)
+from glm_kernels.dispatch import Target, jit, takes_kernel, tl, wide
+from glm_kernels.variants import POINTERS, Variant
 
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU
 WIDEST = 16384  # a row is held in the registers of one program
 
 # ----------------------------------------------------------------------------- reference
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` in the precision of the statistics: float32, or float64 if it is."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 @overload
@@ -75,11 +65,6 @@ def layer_norm_reference(
 
 
 # ----------------------------------------------------------------------------- kernel
-
-
-def jit(kernel: Any) -> Any:
-    """`triton.jit`, or nothing where there is no Triton."""
-    return triton.jit(kernel) if triton else kernel
 
 
 @jit
@@ -136,6 +121,28 @@ def launch(
         )  # fmt: skip
 
 
+def variants(target: Target) -> list[Variant]:
+    """What a launch can ask for: every form in every dtype at the greatest width, and at the common one."""
+    return [
+        variant(dtype, width, added, kind)
+        for dtype in POINTERS
+        for kind in ("weight first", "cast first", "layer")
+        for width, added in ((WIDEST, kind != "weight first"), (4096, True))
+    ]
+
+
+def variant(dtype: torch.dtype, width: int, added: bool, kind: str) -> Variant:
+    """The norm of `kind` as a launch at this width compiles it."""
+    block, warps = shape_of_launch(width)
+    tensors = {"x": True, "residual": added, "weight": True, "bias": kind == "layer", "y": True, "s": added}
+    types = {name: POINTERS[dtype] for name, given in tensors.items() if given}
+    types |= dict.fromkeys(["x_row", "residual_row", "y_row", "s_row", "width"], "i32") | {"eps": "fp32"}
+    values: dict[str, Any] = {name: None for name, given in tensors.items() if not given}
+    values |= {"weight_first": kind == "weight first", "block": block}
+    label = f"{kind}{' added' if added else ''} {width} {POINTERS[dtype][1:]}"
+    return Variant(label, norm_kernel, types, values, {"num_warps": warps, "enable_fp_fusion": True})
+
+
 # ----------------------------------------------------------------------------- wrapper
 
 
@@ -145,25 +152,12 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def takes_kernel(x: Tensor) -> bool:
-    """Whether the kernel computes this, rather than the reference.
-
-    Raises:
-        NotImplementedError: bfloat16 in Triton's interpreter, whose arithmetic is silently wrong there.
-    """
-    if triton is None or not (x.is_cuda or INTERPRETED) or x.dtype == torch.float64 or x.shape[-1] > WIDEST:
-        return False
-    if INTERPRETED and x.dtype == torch.bfloat16:
-        raise NotImplementedError("Triton's interpreter is wrong in bfloat16: use float16 or float32")
-    return True
-
-
 @torch.library.custom_op("glm_kernels::norm", mutates_args=())
 def norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, weight_first: bool
 ) -> list[Tensor]:
     """[y], or [y, s] with a residual; a LayerNorm, or an RMSNorm if bias is None."""
-    if takes_kernel(x):
+    if takes_kernel(x) and x.shape[-1] <= WIDEST:
         y, s = torch.empty_like(x, memory_format=torch.contiguous_format), None
         if residual is not None:
             s, residual = torch.empty_like(y), rows(residual)

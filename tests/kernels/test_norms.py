@@ -21,13 +21,13 @@ from torch import Tensor
 PROJECT = Path(__file__).parents[2]
 sys.path.insert(0, str(PROJECT / "kernels"))
 
-from glm_kernels import layer_norm, norms, rms_norm  # noqa: E402
+from glm_kernels import dispatch, layer_norm, norms, rms_norm  # noqa: E402
 
 from glm.norms import LayerNorm, RMSNorm  # noqa: E402
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-directly = pytest.mark.skipif(norms.INTERPRETED, reason="tested without the interpreter")
-kernel = pytest.mark.skipif(not norms.INTERPRETED, reason="run by test_in_the_interpreter")
+directly = pytest.mark.skipif(dispatch.INTERPRETED, reason="tested without the interpreter")
+kernel = pytest.mark.skipif(not dispatch.INTERPRETED, reason="run by test_in_the_interpreter")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 WIDTHS = 1, 6, 42, 128, 431
@@ -38,7 +38,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 DTYPES = [
     torch.float16,
     torch.float32,
-    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(norms.INTERPRETED, reason="wrong in the interpreter")),
+    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(dispatch.INTERPRETED, reason="wrong in the interpreter")),
 ]
 GUARD = -7777.0  # what must stay around the outputs
 LEFT, RIGHT = 3, 5
@@ -121,7 +121,7 @@ def check(count: int, width: int, dtype: torch.dtype, device: str, added: bool, 
     case = inputs(count, width, dtype, device, added, kind)
     s = case["x"] if not added else case["x"] + case["residual"]
     results = []
-    if norms.takes_kernel(case["x"]):  # first, since a broken kernel does no harm between guards
+    if dispatch.takes_kernel(case["x"]):  # first, since a broken kernel does no harm between guards
         results.append(launched(**case, kind=kind))
     results.append(public(**case, kind=kind))
     for y, *sums in results:
@@ -198,7 +198,7 @@ def test_mutant_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     source = inspect.getsource(norms.norm_kernel.fn)
     assert source.count(right) == 1
     path = tmp_path / "mutant.py"
-    path.write_text("from glm_kernels.norms import jit, tl\n\n\n" + source.replace(right, wrong))
+    path.write_text("from glm_kernels.dispatch import jit, tl\n\n\n" + source.replace(right, wrong))
     spec = importlib.util.spec_from_file_location("mutant", path)
     assert spec is not None
     assert spec.loader is not None
