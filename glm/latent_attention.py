@@ -147,7 +147,8 @@ class LatentAttentionModule(nn.Module):
     def attend_absorbed(self, q: Tensor, latents: Tensor, mask: Mask) -> Tensor:
         """All heads attend to the latents themselves: -> [B, H, T, value]."""
         N, V = self.spec.plain, self.spec.value
-        into, from_ = self.up.dense(q.dtype).unflatten(0, (-1, N + V)).split((N, V), dim=1)  # [H N R], [H V R]
+        up: Tensor = self.up.dense(q.dtype)  # type: ignore[operator]
+        into, from_ = up.unflatten(0, (-1, N + V)).split((N, V), dim=1)  # [H N R], [H V R]
         plain, rotary = q.split((N, self.spec.rotary), dim=-1)
         asked = torch.cat((torch.einsum("bhtn,hnr->bhtr", plain, into), rotary), dim=-1)
         found = attend(asked, latents, latents, mask, scale=q.shape[-1] ** -0.5)[..., : self.spec.rank]

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 
 from glm.checkpoint import put
 from glm.errors import ParallelError
+from glm.grouped import Grouped
+from glm.linear import Dense
 from glm.model import GLM
 from glm.shares import Cut, Run, Share, rows
 from glm.spec import Block, Spec
@@ -75,25 +77,28 @@ def shares(spec: Spec, shapes: Mapping[str, Tensor], rank: int, ranks: int) -> d
     Raises ParallelError.
     """
     cuts, found = plan(spec), {}
+    grouped = isinstance(spec.weights, Grouped) and spec.weights.group is not None
     for name, x in shapes.items():
         module, _, tensor = name.rpartition(".")
         if (cut := cuts.get(module)) is None:
             continue
         if cut.axis == 0:
             found[name] = Share(0, cut.held(rank, ranks))
-        elif tensor == "weight":
-            found[name] = Share(x.dim() - 1, packed(cut.held(rank, ranks), cut.length // x.shape[-1]))
+        elif tensor in ("weight", "weight_packed") or (grouped and tensor in ("weight_scale", "weight_zero_point")):
+            found[name] = Share(x.dim() - 1, unbroken(cut.held(rank, ranks), cut.length // x.shape[-1]))
         elif tensor == "bias":  # added once
             found[name] = Share(0, range(len(x)), void=rank > 0)
     return found
 
 
-def packed(held: list[int], by: int) -> list[int]:
-    """Columns as the bytes they lie in, `by` in each. Raises ParallelError where a byte would be torn apart."""
-    bytes_ = held[::by]
-    if held != [i + j for i in bytes_ for j in range(by)] or any(i % by for i in bytes_):
-        raise ParallelError(f"a share would begin inside of a byte of {by} weights: start fewer processes")
-    return [i // by for i in bytes_]
+def unbroken(held: list[int], by: int) -> list[int]:
+    """Columns as the bytes, words or groups they lie in, `by` in each. Raises ParallelError where one would be torn."""
+    first = held[::by]
+    if held != [i + j for i in first for j in range(by)] or any(i % by for i in first):
+        raise ParallelError(
+            f"a share would begin inside of {by} weights that are stored together: start fewer processes"
+        )
+    return [i // by for i in first]
 
 
 def narrow(
@@ -101,7 +106,10 @@ def narrow(
 ) -> tuple[GLM, dict[str, Share]]:
     """This rank's model, without numbers, and its share of each tensor of the whole one (`shapes`, by name)."""
     rank, ranks = mesh.get_local_rank(), mesh.size()
-    return GLM(narrower(spec, rank, ranks), device="meta", dtype=dtype), shares(spec, shapes, rank, ranks)
+    if spec.head != Dense():
+        raise ParallelError("a head stored as integers cannot be dealt out: quantise the model without --head")
+    narrower_spec, held = narrower(spec, rank, ranks), shares(spec, shapes, rank, ranks)
+    return GLM(narrower_spec, device="meta", dtype=dtype), held
 
 
 def tensor_parallel(model: GLM, mesh: "DeviceMesh") -> GLM:
@@ -130,7 +138,7 @@ def joined(part: GLM, mesh: "DeviceMesh") -> GLM:
     part.requires_grad_(False)
     V, D = part.spec.vocabulary, part.spec.width
     for module in (part.embedding, part.head):
-        local = module.weight.detach()
+        local: Tensor = module.get_parameter("weight").detach()
         table = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size((V, D)), stride=(D, 1))
         module.weight = nn.Parameter(table, requires_grad=False)
     sublayer = sum_style()

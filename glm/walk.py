@@ -12,12 +12,12 @@ row of its own, read from its beginning without a cache.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from glm.cache import Passing
+from glm.cache import Notes, Passing
 from glm.checkpoint import Checkpoint, Stored, match
 from glm.errors import GLMError
 from glm.layout import Mask
@@ -35,10 +35,11 @@ class Stream:
     x: Tensor  # [1, T, D], before the block that is next
     rotation: Rotation
     mask: Mask
+    notes: Notes = field(default_factory=dict)  # what blocks leave for those above them
 
     def through(self, block: nn.Module, x: Tensor | None = None) -> Tensor:
         """What the block makes of the stream, or of another `x` at the same place."""
-        y: Tensor = block(self.x if x is None else x, self.rotation, self.mask, Passing(None))
+        y: Tensor = block(self.x if x is None else x, self.rotation, self.mask, Passing(None, self.notes))
         return y
 
 
@@ -52,20 +53,22 @@ class Walk:
         self.dtype = dtype
         self.model = GLM(self.spec, device="meta", dtype=dtype)
         self.table = self.generation.table(self.spec, checkpoint.config, self.model.state_dict())
-        ignorable = (*self.generation.ignorable, *self.generation.spare_head(self.spec))
-        match(self.model, self.checkpoint, self.table, ignorable)
+        match(self.model, self.checkpoint, self.table, self.generation.unused(self.spec))
 
     def start(self, texts: Iterable[list[int]]) -> list[Stream]:
         """The streams before the first block, laid out as the release lays out such ids."""
         if self.spec.prefix is not None:
             raise GLMError("a model with a learned prefix is not run layer by layer; take the one it was learnt for")
-        embedding = self.filled(self.model.embedding, "embedding")
+        tables = [self.filled(self.model.embedding, "embedding")]
+        if self.model.places is not None:
+            tables.append(self.filled(self.model.places, "places"))
         streams = []
         for ids in (torch.tensor([text]) for text in texts):
             layout = self.model.layout(ids)
             rotation = self.spec.rotary.rotation(layout.positions, self.dtype)
-            streams.append(Stream(ids, embedding(ids), rotation, layout.mask()))
-        embedding.to("meta")
+            streams.append(Stream(ids, self.model.embed(ids, layout.positions), rotation, layout.mask()))
+        for table in tables:
+            table.to("meta")
         return streams
 
     def blocks(self) -> Iterator[nn.Module]:

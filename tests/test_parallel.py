@@ -137,7 +137,7 @@ def test_a_rank_reads_just_its_share(folder: Path) -> None:
 def test_four_bits_are_not_torn_apart() -> None:
     odd = replace(V2.blocks[0], feed_forward=replace(V2.blocks[0].feed_forward, inner=42))
     spec = replace(V2, weights=RowScaled(4), blocks=(odd,))
-    with pytest.raises(ParallelError, match="inside of a byte"):
+    with pytest.raises(ParallelError, match="inside of 2 weights"):
         parallel.shares(spec, GLM(spec, device="meta").state_dict(), 0, 2)
 
 

@@ -23,6 +23,7 @@ from glm.export import save_pretrained
 from glm.family import chatglm, chatglm2, glm4, glm4_0414, glm4_moe
 from glm.feed_forward import FeedForward
 from glm.generation import generate
+from glm.grouped import Grouped
 from glm.latent_attention import LatentAttention
 from glm.linear import RowScaled
 from glm.model import GLM
@@ -79,6 +80,7 @@ TOYS = {
     "chatglm2, projected prefix": replace(V2, prefix=Prefix(5, (2 * 3 * 2 * 8, 24))),
     "chatglm2, int8": replace(V2, weights=RowScaled(8)),
     "chatglm2, int4": replace(V2, weights=RowScaled(4)),
+    "chatglm2, groups": replace(V2, weights=Grouped(4, 8, symmetric=False)),
     "sandwich": sandwich(4, tied=False),
     "sandwich, tied": sandwich(2, tied=True),
     "sandwich, one key head": sandwich(1, tied=False),
@@ -98,6 +100,8 @@ def made(spec: Spec, dtype: torch.dtype = torch.float64) -> GLM:
     for name, x in model.state_dict().items():
         if x.dtype == torch.int8:
             x.copy_(torch.randint(-128, 128, x.shape, generator=generator))
+        elif x.dtype == torch.int32:
+            x.copy_(torch.randint(-(2**31), 2**31, x.shape, generator=generator))
         elif name.endswith("weight_scale"):
             x.copy_(torch.rand(x.shape, generator=generator) * 0.005)
         else:

@@ -116,8 +116,6 @@ def dense_layers(f: Fields, layers: int) -> int:
 
 def common(f: Fields, norm: RMSNorm) -> dict[str, Any]:
     """The fields that all generations with these experts spell alike, as arguments of `build`."""
-    if "quantization_config" in f:
-        raise ConfigError("config.json: quantization_config: quantised checkpoints of this format are not supported")
     f.choice("hidden_act", ("silu",), default="silu")
     f.choice("scoring_func", ("sigmoid",), default="sigmoid")
     f.choice("topk_method", ("noaux_tc",), default="noaux_tc")
