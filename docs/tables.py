@@ -24,7 +24,7 @@ from glm_kernels.bench import report  # noqa: E402
 from glm_kernels.bench.report import table  # noqa: E402
 
 RESULTS = ROOT / "kernels" / "results"
-DOCUMENTS = ("README.md", "kernels/README.md", "weights/README.md", "weights/tiny-glm/README.md")
+DOCUMENTS = ("README.md", "kernels/README.md", "weights/README.md", "weights/tiny-glm/README.md", "docs/accuracy.md")
 
 
 def result(name: str) -> dict[str, Any]:
@@ -85,25 +85,22 @@ def load_memory() -> str:
 
 
 def releases() -> str:
-    """The family table."""
-    from glm.family import generation_of
-    from glm.family import releases as published
-    from glm.info import cache_bytes_per_token, parameters, weight_bytes
+    """The family table: what `glm releases` prints, releases of the same sizes in one row."""
+    from glm.cards import HEAD, family_table
 
-    rows = []
-    for name, release in published().items():
-        rows.append(
-            [
-                f"`{name}`",
-                str(release.year),
-                f"{parameters(release.spec) / 1e9:.2f} B",
-                f"{weight_bytes(release.spec, release.dtype) / 1e9:.2f} GB",
-                f"{cache_bytes_per_token(release.spec, release.dtype) / 1024:.0f} KiB",
-                f"{release.spec.context}",
-                f"`{generation_of(name).name}`",
-            ]
-        )
-    return table(["release", "year", "parameters", "weights", "cache a token", "context", "generation file"], rows)
+    names: dict[tuple[str, ...], list[str]] = {}
+    for line in family_table():
+        names.setdefault(line.cells, []).append(f"`{line.release.name}`")
+    head = ["release", *(" ".join((above, below)).strip() for above, below in HEAD)]
+    return table(head, [[" ".join(same), *cells] for cells, same in names.items()])
+
+
+def diff() -> str:
+    """What `glm diff` prints of two releases."""
+    from glm.changes import diff as compared
+
+    names = "chatglm3-6b", "chatglm3-6b-32k"
+    return f"```\n$ glm diff {' '.join(names)}\n{compared(*names)}\n```"
 
 
 def parity() -> str:
@@ -117,14 +114,33 @@ def parity() -> str:
     return f"{table(head, rows)}\n\n{source(found)}. Written by `python docs/parity.py`."
 
 
+def accuracy(groups: tuple[str, ...]) -> str:
+    """What integer weights cost, in groups of these sizes."""
+    found = result("accuracy")
+    parts = []
+    for case in found["cases"]:
+        head = ["weights", "group", "zero points", "method", "last layer (rms)", "KL", "perplexity", "same token"]
+        rows = []
+        for row in (row for row in case["rows"] if row["group"] in ("", *groups)):
+            zeros = {True: "no", False: "yes", None: ""}[row["symmetric"]]
+            figures = [f"{row['layers'][-1]:.1e}", f"{row['KL']:.1e}", f"{row['perplexity']:.5g}"]
+            rows.append([row["weights"], row["group"], zeros, row["method"], *figures, f"{row['agreement']:.1%}"])
+        parts.append(f"{case['what']}\n\n{table(head, rows)}")
+    note = f"{source(found)}. Written by `python kernels/bench/accuracy.py`, which has all layers."
+    return "\n\n".join([*parts, note])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "cpu-speed-float32": partial(cpu_speed, "float32"),
     "cpu-speed-bfloat16": partial(cpu_speed, "bfloat16"),
     "load-memory": load_memory,
     "releases": releases,
+    "diff": diff,
     "parity": parity,
     report.BLOCK: lambda: report.markdown(RESULTS, ROOT / "kernels"),
+    "accuracy": partial(accuracy, ("128",)),
+    "accuracy-all": partial(accuracy, ("32", "64", "128", "row")),
 }
 
 

@@ -19,7 +19,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from glm.blanks import score
     from glm.cache import Cache
+    from glm.changes import diff
+    from glm.drafting import NextToken, PromptLookup
     from glm.errors import (
         CacheError,
         CheckpointError,
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
         GLMError,
         LayoutError,
         MemoryFitError,
+        ParallelError,
         PromptError,
         TokenizerError,
     )
@@ -37,11 +41,14 @@ if TYPE_CHECKING:
     from glm.layout import Layout
     from glm.model import GLM
     from glm.packaged import embedded
+    from glm.parallel import tensor_parallel
     from glm.spec import Block, Spec
     from glm.tokenizer import Tokenizer
 
 HOMES = {
+    "glm.blanks": ("score",),
     "glm.cache": ("Cache",),
+    "glm.changes": ("diff",),
     "glm.packaged": ("embedded",),
     "glm.errors": (
         "CacheError",
@@ -51,14 +58,17 @@ HOMES = {
         "GenerationError",
         "LayoutError",
         "MemoryFitError",
+        "ParallelError",
         "PromptError",
         "TokenizerError",
     ),
+    "glm.drafting": ("NextToken", "PromptLookup"),
     "glm.export": ("save_pretrained",),
     "glm.family": ("release", "releases"),
     "glm.generation": ("generate", "stream"),
     "glm.layout": ("Layout",),
     "glm.model": ("GLM",),
+    "glm.parallel": ("tensor_parallel",),
     "glm.spec": ("Block", "Spec"),
     "glm.tokenizer": ("Tokenizer",),
 }
@@ -76,16 +86,22 @@ __all__ = [
     "Layout",
     "LayoutError",
     "MemoryFitError",
+    "NextToken",
+    "ParallelError",
     "PromptError",
+    "PromptLookup",
     "Spec",
     "Tokenizer",
     "TokenizerError",
+    "diff",
     "embedded",
     "generate",
     "release",
     "releases",
     "save_pretrained",
+    "score",
     "stream",
+    "tensor_parallel",
 ]
 
 

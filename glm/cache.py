@@ -15,13 +15,16 @@ from glm.layout import Layout
 
 Shape = tuple[int, int]  # heads, width
 Tensors = tuple[Tensor, ...]
+Notes = dict[str, Tensor]
+"""What layers leave for those above them in the same pass, by name; nothing of it is kept after that."""
 
 
 class Passing:
     """The memory of one layer in a pass without a cache: the prefix, if any, then the tokens of this call."""
 
-    def __init__(self, prefix: Tensors | None) -> None:
+    def __init__(self, prefix: Tensors | None, notes: Notes) -> None:
         self.prefix = prefix
+        self.notes = notes
 
     def extend(self, *new: Tensor) -> Tensors:
         """Tensors [B, heads, T, width] -> the same with the prefix before them, [B, heads, p + T, width]."""
@@ -35,9 +38,10 @@ class Passing:
 class Slots:
     """The memory of one layer in a cache: buffers [B, heads, p + length, width], filled from the left."""
 
-    def __init__(self, buffers: Tensors, filled: int) -> None:
+    def __init__(self, buffers: Tensors, filled: int, notes: Notes) -> None:
         self.buffers = buffers
         self.filled = filled
+        self.notes = notes
 
     def extend(self, *new: Tensor) -> Tensors:
         """Write tensors [B, heads, T, width] behind what is there; return all so far, as views."""
@@ -97,7 +101,18 @@ class Cache:
 
     def memories(self) -> list[Slots]:
         """One memory a layer, at the present end."""
-        return [Slots(buffers, self.before + self.filled) for buffers in self.buffers]
+        notes: Notes = {}
+        return [Slots(buffers, self.before + self.filled, notes) for buffers in self.buffers]
+
+    def rewind(self, layout: Layout) -> None:
+        """Forget all tokens behind those of `layout`, which is `self.layout` or was it before, or one without its last.
+
+        Raises CacheError for a layout that reaches further than the cache.
+        """
+        if layout.keys > self.filled or layout.positions.shape[0] != self.batch:
+            raise CacheError(f"there is no way back to {layout.keys} tokens from {self.filled}")
+        self.filled = layout.keys
+        self.layout = layout
 
     def advance(self, layout: Layout) -> None:
         """The tokens of `layout` have been written by every layer."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from glm.errors import PromptError
+from glm.reply import Marks
 from glm.sandbox import Sandbox
 
 Message = Mapping[str, Any]
@@ -50,7 +51,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How the releases of one generation dress text. Names are those of special tokens; no field has a default."""
+    """How the releases of one generation dress text. Names are those of special tokens; no field
+    has a default but the last, which only releases that think have."""
 
     name: str
     added: Mapping[str, int]  # tokens behind the end of the vocabulary file, ids by name
@@ -68,6 +70,13 @@ class TextFormat:
     templates: bool  # whether the chat template in a checkpoint, if any, is how the release prompts
     prompt: Callable[[Conversation], list[Part]]
     answer: Callable[[str], list[Message]]  # what the model wrote, as the messages it stands for
+    marks: Callable[[list[Tool]], Marks] | None = None  # where it marks thoughts and calls of these tools
+    # What only models need to say that were trained on blanks of several kinds:
+    blanks: tuple[str, ...] = ("[MASK]",)  # kinds of blanks a text can have; of several kinds, also several blanks
+    swallows: tuple[str, ...] = ()  # tokens that, recognised in a text, drop the white space on their left
+    apart: tuple[str, ...] = ()  # tokens that decoding sets apart by spaces
+    open_ended: bool = False  # whether a text that ends in a blank is not closed before the blank is filled
+    continues: tuple[str, ...] | None = None  # tokens behind a text to be written on; None: those of `after`
 
 
 def conversation(

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -24,7 +24,21 @@ from torch import Tensor, nn
 from glm.atomic import new_folder
 from glm.errors import CheckpointError
 from glm.fields import read_object, shown
-from glm.tensor_file import CODES, Outgoing, Progress, TensorInfo, read_header, read_tensor, scan_tensor, write_tensors
+from glm.parts import part_files
+from glm.shares import Share
+from glm.tensor_file import (
+    CODES,
+    Outgoing,
+    Progress,
+    TensorInfo,
+    finite,
+    pieces,
+    read_header,
+    read_tensor,
+    scan_tensor,
+    unfit,
+    write_tensors,
+)
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -99,8 +113,12 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such folder")
-        config = read_object(inside(folder, CONFIG), CONFIG_BYTES)
         single, several = ((folder / name).is_file() for name in (WEIGHTS, INDEX))
+        if not (single or several) and part_files(folder):
+            raise CheckpointError(
+                f"{folder}: has the parts of a training run; `glm convert {folder} DST` makes safetensors of them"
+            )
+        config = read_object(inside(folder, CONFIG), CONFIG_BYTES)
         if single and several:
             raise CheckpointError(f"{folder}: has both {WEIGHTS} and {INDEX}; remove the one that is stale")
         if single:
@@ -228,11 +246,16 @@ def fill(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    shares: Mapping[str, Share] | None = None,
+    part: nn.Module | None = None,
 ) -> None:
     """Gives every parameter and buffer of `model`, which may be on the meta device, its numbers from the checkpoint.
 
     Floating-point tensors become `dtype` (default: what the model has), integers stay. One tensor at a time goes
     to `device` through a buffer of a few MiB; beyond the weights nothing is held. `progress` is told bytes read.
+
+    With `shares` (by parameter) only these are read and kept, and it is `part` that gets them, a module with the
+    parameters of `model` in the shapes of the shares.
 
     Raises what `match` does, and CheckpointError for a tensor with NaN or Inf in it or a file that cannot be read
     to its end; the model is then as it was.
@@ -242,18 +265,67 @@ def fill(
     match(model, checkpoint, table, ignorable)
     before = model.state_dict(keep_vars=True)
     after: dict[int, Tensor] = {}  # by identity, since tied parameters are one tensor of two names
+    shares = shares or {}
     places = {stored.name: stored for stored in table}
     for name, info in sorted(checkpoint.tensors.items(), key=in_order):
         if stored := places.get(name):
             old = before[stored.parameter]
+            share = shares.get(stored.parameter)
             if id(old) not in after:
-                after[id(old)] = torch.empty(old.shape, dtype=final_dtype(stored, old, dtype), device=device)
-            read_tensor(name, info, stored.on_disk(after[id(old)]))
-        else:
+                shape = old.shape if share is None else share.shape(old.shape)
+                after[id(old)] = torch.empty(shape, dtype=final_dtype(stored, old, dtype), device=device)
+            if share is None:
+                read_tensor(name, info, stored.on_disk(after[id(old)]))
+            else:
+                read_share(stored, info, share, old.shape, after[id(old)])
+        elif not shares:
             scan_tensor(name, info)  # ignorable, but a file that is damaged there may be damaged anywhere
         if progress is not None:
             progress(info.nbytes)
+    if part is not None:
+        parts = part.state_dict(keep_vars=True)
+        model, before, after = part, parts, {id(parts[name]): after[id(old)] for name, old in before.items()}
     put(model, before, after, device)
+
+
+def read_share(stored: Stored, info: TensorInfo, share: Share, shape: Sequence[int], target: Tensor) -> None:
+    """Reads of a tensor on disk what `share` has of it into `target`, that share of a parameter of `shape`.
+
+    Raises what `read_tensor` does.
+    """
+    if share.void:
+        target.zero_()
+        return
+    place = torch.full((shape[share.dim],), -1, device="cpu")  # of every index along the axis in the share
+    place[list(share.held)] = torch.arange(len(share.held), device="cpu")
+    index = list(stored.index)
+    if share.dim < len(index) and isinstance(number := index[share.dim], int):  # one of a stack: all of it or nothing
+        index[share.dim] = int(place[number])
+        if index[share.dim] != -1:
+            read_tensor(stored.name, info, replace(stored, index=tuple(index)).on_disk(target))
+        return
+    everywhere = place.view([-1 if axis == share.dim else 1 for axis in range(len(shape))]).expand(tuple(shape))
+    places = stored.on_disk(everywhere)  # of every number on disk; the same along most axes
+    varying = [axis for axis, stride in enumerate(places.stride()) if stride]
+    places_alone = places[tuple(slice(None) if axis in varying else slice(1) for axis in range(places.dim()))]
+    index[share.dim :] = []
+    target = target[tuple(index)]
+    by_rows = 0 in varying
+
+    def wanted(rows: slice) -> bool:
+        return not by_rows or bool((places_alone[rows] >= 0).any())
+
+    for start, piece in pieces(stored.name, info, places.shape, wanted):
+        if by_rows:  # some of the rows, which on disk may lie along several axes
+            at = places_alone[start : start + len(piece)].flatten()
+            kept = piece.flatten(0, len(varying) - 1)[at >= 0].to(target.dtype)
+            target[at[at >= 0].to(target.device)] = kept.to(target.device)
+        else:  # some numbers of every row
+            at = places_alone.flatten()
+            kept = piece[..., at >= 0].to(target.dtype)
+            target[start : start + len(piece), ..., at[at >= 0].to(target.device)] = kept.to(target.device)
+        if not finite(kept):
+            raise CheckpointError(unfit(stored.name, info, piece, kept.dtype))
 
 
 def in_order(item: tuple[str, TensorInfo]) -> tuple[Path, int]:
@@ -272,7 +344,10 @@ def cover(model: nn.Module, tensors: Mapping[str, Tensor], table: Sequence[Store
         depth = max((len(stored.index) for stored in parts[id(tensor)]), default=0)
         times = torch.zeros(tensor.shape[:depth], dtype=torch.int32, device="cpu")
         for stored in parts[id(tensor)]:
-            times[stored.index] += 1
+            try:
+                times[stored.index] += 1
+            except IndexError:
+                raise ValueError(f"the table wants more of {name} than there is") from None
         if not times.eq(1).all():
             raise ValueError(f"the table does not cover {name} exactly once")
     for name, buffer in model.named_buffers():
@@ -321,21 +396,19 @@ def put(model: nn.Module, before: Mapping[str, Tensor], after: Mapping[int, Tens
 def export(
     table: Iterable[Stored],
     shapes: Mapping[str, Tensor],
-    numbers: Callable[[str], Tensor],
+    numbers: Callable[[Stored], Tensor],
     dtype: Callable[[str], torch.dtype | None],
 ) -> list[Outgoing]:
     """The tensors that `table` stores, to be made one at a time.
 
-    `shapes` are the parameters by name, possibly on the meta device; `numbers` gives one when its turn comes, `dtype`
-    what its floating-point numbers are stored as (None: as they are).
+    `shapes` are the parameters by name, possibly on the meta device; `numbers` gives a stored tensor, in the order of
+    the disk, when its turn comes; `dtype` what a parameter's floating-point numbers are stored as (None: as they are).
     """
 
     def outgoing(stored: Stored) -> Outgoing:
         parameter = shapes[stored.parameter]
         final, shape = final_dtype(stored, parameter, dtype(stored.parameter)), tuple(stored.part(parameter).shape)
-        return Outgoing(
-            stored.name, final, shape, lambda: stored.on_disk(numbers(stored.parameter)).reshape(shape).to(final)
-        )
+        return Outgoing(stored.name, final, shape, lambda: numbers(stored).reshape(shape).to(final))
 
     return [outgoing(stored) for stored in table]
 

@@ -24,11 +24,12 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from glm.errors import GLMError
+from glm.errors import GLMError, ParallelError
 
 if TYPE_CHECKING:
     import torch
 
+    from glm.grouped import Grouped
     from glm.model import GLM
     from glm.talk import Talk
     from glm.tokenizer import Tokenizer
@@ -51,6 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return run(arguments)
+    from glm.parallel import together
+
+    return together(lambda: run(arguments))
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Run one command; its exit status."""
     try:
         return int(app(arguments, prog_name="glm", standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
@@ -141,6 +151,7 @@ def opened(source: str, dtype: str | None, device: str | None) -> "tuple[GLM, To
     import torch
 
     from glm.hub import fetch
+    from glm.parallel import agreed, mesh_of_all
     from glm.pretrained import load
     from glm.progress import progress_bar
     from glm.tokenizer import Tokenizer
@@ -150,10 +161,17 @@ def opened(source: str, dtype: str | None, device: str | None) -> "tuple[GLM, To
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if total < 64 << 20:
         torch.set_num_threads(1)  # sharing so little work takes longer than doing it
-    kind = getattr(torch, dtype) if dtype else usual_dtype(folder, total, place)
+    kind = getattr(torch, dtype) if dtype else agreed(usual_dtype(folder, total, place))
     tokenizer = Tokenizer.from_pretrained(source)
     with progress_bar(f"loading {called(source)}", total, quiet=total < 1 << 30) as progress:
-        return load(source, dtype=kind, device=place, progress=progress), tokenizer
+        model = load(source, dtype=kind, device=place, progress=progress, mesh=mesh_of_all(place))
+    return model, tokenizer
+
+
+def alone(command: str) -> None:
+    """Raise ParallelError where torchrun started this several times."""
+    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ParallelError(f"{command} is the work of one process, not of {count}: run it without torchrun")
 
 
 def usual_dtype(folder: Path, total: int, device: "torch.device") -> "torch.dtype | None":
@@ -377,7 +395,7 @@ def complete(
     model, tokenizer = opened(source, dtype, device)
     from glm.talk import spelt, written
 
-    prompt = tokenizer.encode(text, special=True)
+    prompt = tokenizer.continuation(text)
     room = min(max_new_tokens, model.spec.context - len(prompt))
     if room < 1:
         raise GLMError(f"the text has {len(prompt):,} tokens and the model takes {model.spec.context:,}: shorten it")
@@ -430,7 +448,8 @@ def info(
     published = f", {about.release.hub}, {about.release.year}" if about.release else ""
     print(f"{called(about.source)} (generation {about.generation}{published})\n")
     print(f"{about.spec}\n")
-    print(f"parameters  {about.parameters:,}")
+    active = f" ({about.active:,} active for a token)" if about.active < about.parameters else ""
+    print(f"parameters  {about.parameters:,}{active}")
     print(f"cache       {need.per_token:,} bytes a token, {size(need.cache)} for {need.context:,} tokens")
     print(f"memory      {'unknown' if found is None else f'{size(found.bytes)} {found.where}'}\n")
 
@@ -444,27 +463,37 @@ def info(
 
 @app.command(epilog="Example: glm releases")
 def releases() -> None:
-    """The published checkpoints, with their sizes.
+    """The published checkpoints, with their sizes and the card they fit.
 
-    They are known without a file; `glm info NAME` says all of one.
+    Columns: parameters (all/active) in 10⁹; weights in GB as bfloat16 and with the matrices of the blocks in int4
+    (groups of 128, 0.516 B a weight); KiB of cache a token; context (k = 1024); and the smallest card, in GB of
+    memory, that holds one sequence of 8k tokens. `glm info NAME` says all of one.
     """
-    from glm import family
-    from glm.info import need, parameters
-    from glm.memory import size
+    from glm.cards import HEAD, family_table
 
-    table = columns("release", "year", "parameters>", "weights>", "KV/token>", "context>")
+    table = columns("release\n", *(f"{above}\n{below}>" for above, below in HEAD))
     with busy("counting …"):
-        for name, release in family.releases().items():
-            takes = need(release.spec, release.dtype, release.spec.context)
-            table.add_row(
-                name,
-                str(release.year),
-                f"{parameters(release.spec):,}",
-                size(takes.weights),
-                f"{takes.per_token:,} B",
-                f"{release.spec.context:,}",
-            )
+        for line in family_table():
+            table.add_row(line.release.name, *line.cells)
     show(table)
+
+
+@app.command(epilog="Example: glm diff chatglm3-6b glm-4-9b")
+def diff(
+    before: Annotated[str, argument("A", "A name from `glm releases`, a checkpoint folder or a hub id.")],
+    after: Annotated[str, argument("B", "Another one.")],
+) -> None:
+    """What changed from one model to another, field by field.
+
+    Reads no weights. Equal blocks are compared once.
+    """
+    from glm.changes import diff as compare
+
+    found = compare(before, after)
+    if sys.stdout.isatty():
+        show(found)
+    else:
+        print(found)
 
 
 @app.command(epilog="Example: glm tokenize 'General language model' --special")
@@ -506,13 +535,15 @@ def verify(
     """
     import torch
 
+    from glm.parallel import mesh_of_all
     from glm.verify import verify as held
 
     place, over = placed(device), 0
+    mesh = mesh_of_all(place)
     for folder in folders:
         try:
             with busy(f"verifying {called(folder)} …"):
-                report = held(folder, dtype=getattr(torch, dtype), device=place, tolerance=tolerance)
+                report = held(folder, dtype=getattr(torch, dtype), device=place, tolerance=tolerance, mesh=mesh)
             show(report)
             over += not report.ok
         except GLMError as error:
@@ -539,11 +570,96 @@ def convert(
 
     The folder appears complete or not at all.
     """
+    alone("convert")
     from glm.convert import convert as rewrite
 
     short = {"bfloat16": "bf16", "float16": "fp16"}
     rewrite(source, destination, dtype=dtype and short.get(dtype, dtype), names=names)
     note(f"{destination} is written")
+
+
+@app.command(epilog="Example: glm quantize chatglm3-6b chatglm3-int4 --weights int4 --group 128")
+def quantize(
+    source: Annotated[str, argument("SRC", "Checkpoint folder or hub id.")],
+    destination: Annotated[Path, argument("DST", "The folder to create.")],
+    weights: Annotated[str, option("WEIGHTS", "int4 or int8.")] = "int4",
+    group: Annotated[str, option("N", "Columns that share a scale: 32, 64, 128, … or row.")] = "128",
+    method: Annotated[
+        str | None, option("METHOD", "nearest, search or gptq.", "gptq with --calibration, else search")
+    ] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With zero points.")] = False,
+    calibration: Annotated[
+        Path | None, option("FILE", "Text, or .jsonl conversations, to choose integers by.", "none")
+    ] = None,
+    head: Annotated[bool, typer.Option("--head", help="The head too. The embedding stays as it is.")] = False,
+) -> None:
+    """Rewrite a checkpoint with integer weights.
+
+    In the compressed-tensors layout, which other engines read as well. The folder appears complete or not at all.
+    """
+    from glm.compress import compress
+
+    chosen = method or ("search" if calibration is None else "gptq")
+    compress(
+        source, destination, form(weights, group, not asymmetric), method=chosen, calibration=calibration, head=head
+    )
+    note(f"{destination} is written")
+
+
+def form(weights: str, group: str, symmetric: bool) -> "Grouped":
+    """Integers as they are asked for; BadParameter for none."""
+    from glm.grouped import Grouped
+
+    if weights not in ("int4", "int8"):
+        raise typer.BadParameter(f"{weights!r} is not one of int4, int8.")
+    if group != "row" and not (group.isdecimal() and int(group) >= 8):
+        raise typer.BadParameter(f"{group!r} is no group: take 32, 64, 128 or row.")
+    return Grouped(int(weights.removeprefix("int")), None if group == "row" else int(group), symmetric)
+
+
+@app.command(epilog="Example: glm accuracy chatglm3-6b --text book.txt --weights int4 --group 128,row")
+def accuracy(
+    source: Annotated[str, argument("SOURCE", "Checkpoint folder or hub id.")],
+    text: Annotated[Path | None, option("FILE", "Text, or .jsonl conversations, to predict.", "random ids")] = None,
+    calibration: Annotated[
+        Path | None, option("FILE", "Other text, for gptq.", "random ids if the text is, else none: no gptq")
+    ] = None,
+    weights: Annotated[str, option("LIST", "int4, int8 or both.")] = "int8,int4",
+    group: Annotated[str, option("LIST", "Columns that share a scale.")] = "32,64,128,row",
+    length: Annotated[int, option("N", "Tokens of a text at most.")] = 256,
+    texts: Annotated[int, option("N", "Texts at most, of either file.")] = 32,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With zero points as well.")] = False,
+    out: Annotated[Path | None, option("FILE", "Write the figures as JSON too.", "no")] = None,
+) -> None:
+    """What integer weights cost: error of every layer, KL of the logits, perplexity.
+
+    bfloat16, then every method and group size, against the weights as they are stored, computed in float32.
+    """
+    import torch
+
+    from glm.accuracy import measure, variants, weighed
+    from glm.checkpoint import write_object
+    from glm.hub import fetch
+    from glm.progress import progress_bar
+    from glm.texts import given_or_random
+
+    folder = fetch(source)
+    read, learnt = given_or_random(folder, text, calibration, length, texts)
+    kinds = (True, False)[: 1 + asymmetric]
+    forms = [form(w, g, kind) for w in weights.split(",") for g in group.split(",") for kind in kinds]
+    ways = variants(forms, ("nearest", "search", *(("gptq",) if learnt else ())))
+    if (total := weighed(folder)) < 64 << 20:
+        torch.set_num_threads(1)  # as for `opened`
+    with progress_bar("measuring", total * len(ways)) as progress:
+        results = measure(folder, read, ways, learnt, progress)
+    table = columns("weights", "group>", "", "method", "last layer>", "KL>", "perplexity>", "agreement>")
+    for row in (result.row() for result in results):
+        kind = {True: "symmetric", False: "asymmetric", None: ""}[row["symmetric"]]
+        figures = f"{row['layers'][-1]:.1e}", f"{row['KL']:.1e}", f"{row['perplexity']:.4f}", f"{row['agreement']:.2%}"
+        table.add_row(row["weights"], row["group"], kind, row["method"], *figures)
+    show(table)
+    if out is not None:
+        write_object(out, {"rows": [result.row() for result in results]})
 
 
 @app.command(epilog="Example: glm synthesize chatglm3-6b --out /tmp/chatglm3-random")
@@ -552,11 +668,14 @@ def synthesize(
     out: Annotated[Path, option("DIR", "The folder to create.")],
     seed: Annotated[int, option("N", "Of the random weights.")] = 0,
     layers: Annotated[int | None, option("N", "Make only so many layers.", "all")] = None,
+    weights: Annotated[str | None, option("WEIGHTS", "int4 or int8.", "as the release has them")] = None,
+    group: Annotated[str, option("N", "Columns that share a scale of integers, or row.")] = "128",
 ) -> None:
     """Write a checkpoint of random weights, to measure with.
 
     Files, names and shapes are those of the release.
     """
+    alone("synthesize")
     from dataclasses import replace
 
     from glm import family
@@ -565,9 +684,11 @@ def synthesize(
     from glm.synthesize import synthesize as make
 
     chosen = family.release(release)
-    total = weight_bytes(replace(chosen.spec, blocks=chosen.spec.blocks[:layers]), chosen.dtype)
+    kind = None if weights is None else form(weights, group, symmetric=True)
+    spec = replace(chosen.spec, blocks=chosen.spec.blocks[:layers], weights=kind or chosen.spec.weights)
+    total = weight_bytes(spec, chosen.dtype)
     with progress_bar(f"writing {out}", total) as progress:
-        make(release, out, seed=seed, layers=layers, progress=progress)
+        make(release, out, seed=seed, layers=layers, weights=kind, progress=progress)
     note(f"{out} is written")
 
 

@@ -1,7 +1,7 @@
-"""Rewriting a checkpoint: `.bin` files to safetensors, another dtype, another release's tensor names.
+"""Rewriting a checkpoint: `.bin` and `.pt` files to safetensors, another dtype, another release's tensor names.
 
-`.bin` files are programs for a stack machine. They are opened by one child process (`glm/convert_child.py`) and
-nowhere else in this package, with the loader that accepts tensors and refuses everything else.
+`.bin` and `.pt` files are programs for a stack machine. They are opened by one child process
+(`glm/convert_child.py`) and nowhere else in this package, with the loader that accepts tensors and refuses the rest.
 """
 
 import json
@@ -21,12 +21,19 @@ from glm.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, inside, save
 from glm.errors import CheckpointError, GLMError
 from glm.export import renamed
 from glm.hub import TEXTS, fetch
+from glm.parts import part_files
 from glm.progress import progress_bar
 from glm.tensor_file import Outgoing, finite
 
 DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMATS = {"chatglm": "chatglm2", "hf": "glm4"}
-FIXED = ("*.inv_freq", "*.weight_scale", "*.e_score_correction_bias")  # a release depends on their very rounding
+# A release depends on the very rounding of these.
+FIXED = (
+    "*.inv_freq",
+    "*.weight_scale",
+    "*.scales",
+    "*.e_score_correction_bias",
+)  # a release depends on their very rounding
 
 
 def convert(
@@ -43,15 +50,22 @@ def convert(
     dtype   "float32", "fp16" or "bf16": what floating-point tensors become; None keeps them.
     names   "hf" or "chatglm": the tensor names and config of GLM-4-9B's two formats; None keeps the official ones.
 
-    Tokenizer files are copied. Memory stays at about one `.bin` file, or one tensor where the source is
-    safetensors. Raises GLMError: CheckpointError for a source that is malformed or holds more than tensors.
+    Tokenizer files are copied. Memory stays at about one `.bin` file, or a few tensors where the source is
+    safetensors or the parts of a training run, `mp_rank_0k_model_states.pt`, which are merged. Raises GLMError:
+    CheckpointError for a source that is malformed or holds more than tensors.
     """
     if dtype is not None and dtype not in DTYPES:
         raise GLMError(f"weights cannot be converted to {dtype!r}; choose one of {', '.join(DTYPES)}")
     if names is not None and names not in FORMATS:
         raise GLMError(f"there are no names called {names!r}; choose one of {', '.join(FORMATS)}")
     folder = fetch(source, revision, bin=True)
-    if any(folder.glob("*.bin")) and not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+    ready = any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+    if not ready and part_files(folder):
+        if names is not None:
+            raise GLMError(f"{source}: the tensors of tensor-parallel parts have only one set of names")
+        in_child(folder, Path(destination), dtype, quiet)
+        return
+    if any(folder.glob("*.bin")) and not ready:
         if names is not None:
             raise GLMError(
                 f"{source}: names cannot be changed in .bin files; run `glm convert {source} STEP` first, "

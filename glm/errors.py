@@ -33,5 +33,9 @@ class MemoryFitError(GLMError):
     """A model that cannot fit into the memory found."""
 
 
+class ParallelError(GLMError):
+    """A model that cannot be dealt out to so many processes, or a command that only one process can run."""
+
+
 class GenerationError(GLMError, ValueError):
     """Sampling parameters or prompts outside their range."""

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from glm import family
 from glm.checkpoint import SHARD_BYTES, Checkpoint, Stored, export, match, save
-from glm.errors import ConfigError
+from glm.errors import ConfigError, ParallelError
 from glm.family.generation import Generation
+from glm.grouped import Grouped
 from glm.model import GLM
 from glm.norms import RMSNorm
+from glm.quantized_files import as_published
 from glm.spec import Spec, leaves
 from glm.tensor_file import Outgoing, Progress, read_tensor
 
-Parameters = Callable[[str], Tensor]  # the name of a parameter -> its numbers
+Numbers = Callable[[Stored], Tensor]  # a tensor on disk -> its numbers, in the order of the disk
 
 
 def save_pretrained(
@@ -40,11 +42,20 @@ def save_pretrained(
     dtype   of the floating-point tensors; None is the model's own.
     copies  files to take along, such as the tokenizer's.
 
-    Raises ConfigError when no such format can hold the model, GLMError when the folder is taken or cannot be written.
+    Raises ConfigError when no such format can hold the model, ParallelError when it is dealt out to several processes,
+    GLMError when the folder is taken or cannot be written.
     """
-    target = chosen(model.spec, generation)
     state = model.state_dict()
-    config, tensors = exported(target, model.spec, state, state.__getitem__, lambda _: dtype or model.dtype)
+    if any(hasattr(x, "full_tensor") for x in state.values()):
+        raise ParallelError("this process holds only its share of the model: save one that a single process has loaded")
+    target = chosen(model.spec, generation)
+    config, tensors = exported(
+        target,
+        model.spec,
+        state,
+        lambda stored: stored.on_disk(state[stored.parameter]),
+        lambda _: dtype or model.dtype,
+    )
     save(folder, config, tensors, shard_bytes=shard_bytes, copies=copies, progress=progress)
 
 
@@ -52,16 +63,17 @@ def exported(
     generation: Generation,
     spec: Spec,
     shapes: Mapping[str, Tensor],
-    numbers: Parameters,
+    numbers: Numbers,
     dtype: Callable[[str], torch.dtype],
 ) -> tuple[dict[str, Any], list[Outgoing]]:
     """The config.json and the tensors of a model in the format of `generation`.
 
-    `shapes` are the model's tensors by name, possibly on the meta device; `numbers` gives one when its turn comes, and
-    `dtype` says what its floating-point numbers are stored as.
+    `shapes` are the model's tensors by name, possibly on the meta device; `numbers` gives a tensor of the disk when
+    its turn comes, and `dtype` says what a parameter's floating-point numbers are stored as.
     """
-    config = generation.config(spec) | {"torch_dtype": str(dtype(next(iter(shapes)))).removeprefix("torch.")}
-    return config, export(generation.table(spec, config, shapes), shapes, numbers, dtype)
+    config = generation.write(spec) | {"torch_dtype": str(dtype(next(iter(shapes)))).removeprefix("torch.")}
+    tensors = export(generation.table(spec, config, shapes), shapes, numbers, dtype)
+    return config, as_published(tensors, spec.weights.bits) if isinstance(spec.weights, Grouped) else tensors
 
 
 def chosen(spec: Spec, name: str | None) -> Generation:
@@ -84,7 +96,7 @@ def chosen(spec: Spec, name: str | None) -> Generation:
 def read_back(generation: Generation, spec: Spec) -> Spec | None:
     """What the config.json that this generation writes for `spec` reads as; None where it has no words for it."""
     try:
-        return generation.spec(generation.config(spec), "")
+        return generation.read(generation.write(spec), "")
     except (ConfigError, AttributeError, AssertionError, TypeError, ValueError):
         return None
 
@@ -105,11 +117,12 @@ def renamed(checkpoint: Checkpoint, name: str, generation: str) -> tuple[dict[st
     `name` is the checkpoint's own, as for `Generation.spec`. Raises ConfigError where the format cannot hold it.
     """
     source = family.recognise(checkpoint.config)
-    spec = source.spec(checkpoint.config, name)
+    spec = source.read(checkpoint.config, name)
+    checkpoint = source.ours(checkpoint)
     model = GLM(spec, device="meta")
     shapes = model.state_dict()
     table = source.table(spec, checkpoint.config, shapes)
-    match(model, checkpoint, table, (*source.ignorable, *source.spare_head(spec)))
+    match(model, checkpoint, table, source.unused(spec))
     parts: dict[str, list[Stored]] = {}
     for stored in table:
         parts.setdefault(stored.parameter, []).append(stored)
@@ -118,10 +131,12 @@ def renamed(checkpoint: Checkpoint, name: str, generation: str) -> tuple[dict[st
         return checkpoint.tensors[parts[parameter][0].name].dtype
 
     @lru_cache(maxsize=1)  # q, k and v are parts of one parameter, asked for one after the other
-    def numbers(parameter: str) -> Tensor:
+    def parameter_of(parameter: str) -> Tensor:
         whole = torch.empty(shapes[parameter].shape, dtype=dtype(parameter), device="cpu")
         for stored in parts[parameter]:
             read_tensor(stored.name, checkpoint.tensors[stored.name], stored.on_disk(whole))
         return whole
 
-    return exported(chosen(spec, generation), spec, shapes, numbers, dtype)
+    return exported(
+        chosen(spec, generation), spec, shapes, lambda stored: stored.on_disk(parameter_of(stored.parameter)), dtype
+    )

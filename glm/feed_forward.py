@@ -6,14 +6,15 @@ One branch `(gelu,)` is the transformer's MLP; `(gelu, identity)` is GeGLU and `
 (Shazeer 2020, arXiv:2002.05202). The branches are stacked in one matrix, in the order of `branches`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glm.linear import Weights
+from glm.linear import Stack, Weights
+from glm.shares import Cut, Run, columns, rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -31,23 +32,37 @@ class FeedForward:
     branches: tuple[str, ...]
     bias: bool
 
-    def build(self, width: int, weights: Weights) -> nn.Module:
+    def build(self, width: int, weights: Weights | Stack) -> nn.Module:
         """A module [B, T, width] -> [B, T, width] whose matrices are stored as `weights` says."""
         return FeedForwardModule(self, width, weights)
+
+    @property
+    def plan(self) -> Mapping[str, Cut]:
+        """How the matrices are dealt out to ranks: inner channels, the same of every branch."""
+        channels = Run("inner channels", self.inner)
+        return {"up": rows(*[channels] * len(self.branches)), "down": columns(channels)}
+
+    def share(self, rank: int, ranks: int) -> "FeedForward":
+        """What one of `ranks` ranks holds: fewer inner channels."""
+        return replace(self, inner=self.inner // ranks)
+
+    def working(self, width: int) -> int:
+        """Numbers that a token takes in a forward pass, at most: the branches, the active ones, their product."""
+        return (2 * len(self.branches) + 1) * self.inner
 
 
 class FeedForwardModule(nn.Module):
     """down(product of activated branches of up(x))."""
 
-    def __init__(self, spec: FeedForward, width: int, weights: Weights) -> None:
+    def __init__(self, spec: FeedForward, width: int, weights: Weights | Stack) -> None:
         super().__init__()
         self.activations = [ACTIVATIONS[name] for name in spec.branches]
         self.up = weights.linear(width, len(spec.branches) * spec.inner, spec.bias)
         self.down = weights.linear(spec.inner, width, spec.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        branches = self.up(x).chunk(len(self.activations), dim=-1)  # each [B T F]
+    def forward(self, x: Tensor, *which: int) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `which` of several, where the matrices are stacks."""
+        branches = self.up(x, *which).chunk(len(self.activations), dim=-1)  # each [B T F]
         active = [activate(branch) for activate, branch in zip(self.activations, branches, strict=True)]
-        y: Tensor = self.down(reduce(Tensor.mul, active))
+        y: Tensor = self.down(reduce(Tensor.mul, active), *which)
         return y

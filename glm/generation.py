@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glm.cache import Cache
+from glm.drafting import Drafter
 from glm.errors import GenerationError
 from glm.fields import shown
 from glm.layout import Blank, Layout
@@ -45,6 +46,7 @@ def generate(
     decode: Decode | None = None,
     keep_stop: bool = False,
     chunk: int | None = None,
+    draft: Drafter | None = None,
 ) -> list[list[int]]:
     """Continue each of `prompts` (lists of ids, of any lengths); returns the new ids of each.
 
@@ -62,6 +64,8 @@ def generate(
     keep_stop           by default a row ends with the last id before the stop: the stop id is left out, and so is
                         every token that holds part of a stop string. True keeps them.
     chunk               read prompts in pieces of so many tokens, to save memory; for causal models only.
+    draft               guesses several tokens ahead, which the model then reads in one pass; the ids are the same, they
+                        come in fewer passes. See `glm.drafting`; `draft.tally` counts how many guesses were right.
 
     Raises GenerationError for arguments out of range, ids outside the vocabulary and logits that are not finite;
     LayoutError for a blank-filling prompt without a blank.
@@ -70,7 +74,7 @@ def generate(
     ending = Ending.of(model.spec.stop if stop is None else stop, stop_text, decode, keep_stop)
     rows = checked(model, prompts, max_new_tokens, chunk)
     new: list[list[int]] = [[] for _ in rows]
-    for row, token in continuations(model, rows, max_new_tokens, sampler, seed, ending, chunk):
+    for row, token in continuations(model, rows, max_new_tokens, sampler, seed, ending, chunk, draft):
         new[row].append(token)
     return new
 
@@ -90,6 +94,7 @@ def stream(
     decode: Decode | None = None,
     keep_stop: bool = False,
     chunk: int | None = None,
+    draft: Drafter | None = None,
 ) -> Generator[int, None, None]:
     """The ids `generate` returns for one prompt, each as soon as it is certain; see there for the arguments.
 
@@ -99,7 +104,7 @@ def stream(
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
     ending = Ending.of(model.spec.stop if stop is None else stop, stop_text, decode, keep_stop)
     rows = checked(model, [prompt], max_new_tokens, chunk)
-    return (token for _, token in continuations(model, rows, max_new_tokens, sampler, seed, ending, chunk))
+    return (token for _, token in continuations(model, rows, max_new_tokens, sampler, seed, ending, chunk, draft))
 
 
 @torch.inference_mode()
@@ -111,26 +116,55 @@ def continuations(
     seed: int | None,
     ending: "Ending",
     chunk: int | None,
+    draft: Drafter | None,
 ) -> Generator[tuple[int, int], None, None]:
     """Pairs (row, id), each as soon as it is certain that the row holds it. Rows that are done are ignored."""
     if not prompts or max_new_tokens == 0:
         return
     ids, real = padded_left(prompts, model.device)  # [B T]
     cache = model.new_cache(len(ids), ids.shape[1] + max_new_tokens - 1)  # the last token is never read
-    logits = read(model, ids, real, cache, chunk)  # [B V]
-    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
+    layout, guess = model.layout(ids, real), None
+    if draft is not None:
+        guess = draft.start(model, ids, real, ids.shape[1] + max_new_tokens)
+    logits, stream = read(model, ids, layout, cache, chunk, guess is not None)  # [B 1 V], [B T D]
+    known, guesses = ids[:, 1:], ids[:, :0]  # to tell the drafter; what it guessed
+    seen = torch.zeros_like(logits[:, 0], dtype=torch.bool).scatter_(1, ids, True)
     dice = thrown(prompts, seed) if sampler.temperature else []
     rows = [Row(b, ending) for b in range(len(prompts))]
-    for left in reversed(range(max_new_tokens)):
-        luck = torch.tensor([die.random() for die in dice], dtype=torch.float64, device=ids.device)
-        tokens, finite = sampler(logits, seen, luck)  # [B]
-        chosen = torch.where(finite, tokens, -1).tolist()  # the one wait for the device
-        for row, token in zip(rows, chosen, strict=True):
-            yield from ((row.prompt, ready) for ready in row.take(token, last=left == 0))
-        if all(row.done for row in rows):
-            return
-        seen.scatter_(1, tokens[:, None], True)
-        logits = model(tokens[:, None], cache=cache, last=True)[:, -1]
+    left = max_new_tokens
+    while True:
+        for right in range(logits.shape[1]):  # so many guesses are right in every row
+            luck = torch.tensor([die.random() for die in dice], dtype=torch.float64, device=ids.device)
+            tokens, finite = sampler(logits[:, right], seen, luck)  # [B]
+            chosen = torch.where(finite, tokens, -1).tolist()  # the one wait for the device
+            left -= 1
+            agree = right < guesses.shape[1] and agreed(rows, chosen, guesses[:, right].tolist())
+            if draft is not None:
+                draft.tally.right += agree
+            for row, token in zip(rows, chosen, strict=True):
+                yield from ((row.prompt, ready) for ready in row.take(token, last=left == 0))
+            if all(row.done for row in rows):
+                return
+            seen.scatter_(1, tokens[:, None], True)
+            if not agree:
+                break
+        if draft is None or guess is None:
+            logits = model(tokens[:, None], cache=cache, last=True)
+            continue
+        layout = layout.without_last(guesses.shape[1] - right)
+        cache.rewind(layout)
+        certain = torch.cat((known, guesses[:, :right], tokens[:, None]), dim=1)
+        known, guesses = ids[:, :0], guess(certain, stream[:, : certain.shape[1]], layout)[:, : left - 1]
+        draft.tally.guessed += guesses.shape[1]
+        draft.tally.passes += 1
+        layout = model.spec.reading.following(layout, 1 + guesses.shape[1])
+        stream, _ = model.stream(torch.cat((tokens[:, None], guesses), dim=1), layout, cache)
+        logits = model.head(stream)
+
+
+def agreed(rows: "list[Row]", chosen: list[int], guessed: list[int]) -> bool:
+    """Whether every row that goes on has chosen what was guessed."""
+    return all(row.done or a == b for row, a, b in zip(rows, chosen, guessed, strict=True))
 
 
 def padded_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -142,17 +176,27 @@ def padded_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor,
     return ids.to(device), real.to(device)
 
 
-def read(model: GLM, ids: Tensor, real: Tensor, cache: Cache, chunk: int | None) -> Tensor:
-    """Fill `cache` with prompts [B, T], all at once or `chunk` tokens at a time -> logits of the last, [B, V]."""
-    layout = model.layout(ids, real)
+def read(
+    model: GLM, ids: Tensor, layout: Layout, cache: Cache, chunk: int | None, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """Fill `cache` with prompts [B, T], all at once or `chunk` tokens at a time.
+
+    Returns the logits of the last token [B, 1, V], and where it is `wanted` the stream before the head [B, T, D].
+    """
     T = ids.shape[1]
-    if chunk is None or chunk >= T:
-        logits: Tensor = model(ids, layout, cache, last=True)
-        return logits[:, -1]
-    for end in (*range(chunk, T, chunk), T):
+    streams = []
+    for end in (*range(chunk or T, T, chunk or T), T):
         new = slice(len(cache), end)
-        logits = model(ids[:, new], Layout.rule(layout.positions[:, new], end, start=layout.start), cache, last=True)
-    return logits[:, -1]
+        part = layout
+        if end - new.start < T:
+            part = Layout.rule(layout.positions[:, new], end, start=layout.start)
+        if wanted:
+            streams.append(model.stream(ids[:, new], part, cache)[0])
+        else:
+            logits: Tensor = model(ids[:, new], part, cache, last=True)
+    if not wanted:
+        return logits, logits[:, :0]
+    return model.head(streams[-1][:, -1:]), torch.cat(streams, dim=1)
 
 
 def thrown(prompts: list[list[int]], seed: int | None) -> list[random.Random]:

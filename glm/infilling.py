@@ -30,11 +30,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from glm.errors import GLMError, PromptError
 from glm.generation import generate
-from glm.layout import Blank, Layout
+from glm.layout import Blank, InTurn, Layout
 from glm.model import GLM
+from glm.norms import wide
 from glm.spec import Spec
 from glm.tokenizer import Tokenizer
 
@@ -59,7 +61,7 @@ class Marks:
     def of(cls, spec: Spec) -> "Marks":
         """Those of a model that fills blanks. Raises GLMError for one that reads from left to right."""
         if not isinstance(spec.reading, Blank) or len(spec.reading.masks) != 2 or len(spec.stop) != 1:
-            raise GLMError("this model fills no blanks: take ChatGLM-6B or tiny-glm")
+            raise GLMError("this model fills no blanks of exactly two kinds, as tiny-glm does")
         gmask, mask = spec.reading.masks
         return cls(mask=mask, gmask=gmask, sop=spec.reading.sop, eop=spec.stop[0])
 
@@ -93,6 +95,14 @@ class Sample:
     def layout(self) -> Layout:
         """Both position axes, and who sees whom: one row, [1, T, 2]."""
         return Layout.blanks(len(self.read), [(place, len(span) + 1) for place, span in self.written])
+
+
+def loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of targets [B, T] under logits [B, T, V], those that are IGNORED left out.
+
+    Unshifted: `Sample.targets`, as the labels of the official code, already are what comes after each token.
+    """
+    return F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
 def batch(samples: Sequence[Sample], pad: int) -> tuple[Tensor, Tensor, Layout]:
@@ -255,13 +265,20 @@ class Filled:
 def fill(model: GLM, tokenizer: Tokenizer, text: str, *, max_new_tokens: int = 256, **sampling: Any) -> Filled:
     """Fills every [MASK] of `text`, from left to right; each is written knowing what the earlier ones became.
 
+    Models that know `[sMASK]` and `[gMASK]` as well have their own ways (`in_turn`, `one_by_one`).
     `sampling` is what `glm.generate` takes besides: temperature, top_p, seed and so on; the default is greedy.
+
     Raises PromptError for a text without a [MASK], GLMError for a model or tokenizer that fills none.
     """
+    if not isinstance(model.spec.reading, Blank):
+        raise GLMError("this model fills no blanks: take one that reads both ways, such as tiny-glm")
+    if MASK not in text and (tokenizer is None or not any(kind in text for kind in tokenizer.format.blanks)):
+        raise PromptError(f"there is no {MASK} in the text: write it where something is missing")
+    if len(tokenizer.format.blanks) > 1:
+        way = in_turn if isinstance(model.spec.reading, InTurn) else one_by_one
+        return way(model, tokenizer, text, max_new_tokens=max_new_tokens, **sampling)
     marks = Marks.of(model.spec)
     before, *rest = text.split(MASK)
-    if not rest:
-        raise PromptError(f"there is no {MASK} in the text: write it where something is missing")
     blanks: list[str] = []
     while rest:
         prompt = asked([before, *rest], plain(tokenizer), marks)
@@ -269,6 +286,40 @@ def fill(model: GLM, tokenizer: Tokenizer, text: str, *, max_new_tokens: int = 2
         blanks.append(tokenizer.decode(ids, special=False).strip())
         before = join(join(before, blanks[-1]), rest.pop(0))
     return Filled(before, blanks)
+
+
+def in_turn(model: GLM, tokenizer: Tokenizer, text: str, **how: Any) -> Filled:
+    """All blanks of one row: behind the text one span after another, each started by <sop>, as in training."""
+    prompt = tokenizer.infill(text)
+    before, *rest = cut_at(text, tokenizer.format.blanks)
+    blanks: list[str] = []
+    for after in rest[1::2]:
+        [ids] = generate(model, [prompt], **how)
+        prompt += [*ids, prompt[-1]]
+        blanks.append(tokenizer.decode(ids, special=False).strip())
+        before = join(join(before, blanks[-1]), after)
+    return Filled(before, blanks)
+
+
+def one_by_one(model: GLM, tokenizer: Tokenizer, text: str, **how: Any) -> Filled:
+    """One blank a row: what was written takes the blank's place before the next is asked for.
+
+    First the blanks of the kind that the model fills first, from left to right. (`blanks` are in the order of writing.)
+    """
+    blanks, reading = list[str](), model.spec.reading
+    assert isinstance(reading, Blank)
+    kinds = sorted(tokenizer.format.blanks, key=lambda kind: reading.masks.index(tokenizer.id(kind)))
+    while kind := next((kind for kind in kinds if kind in text), None):
+        [ids] = generate(model, [tokenizer.infill(text)], **how)
+        blanks.append(tokenizer.decode(ids, special=False).strip())
+        before, _, after = text.partition(kind)
+        text = join(join(before, blanks[-1]), after)
+    return Filled(text, blanks)
+
+
+def cut_at(text: str, names: Sequence[str]) -> list[str]:
+    """`text` cut at every one of `names`: text, name, text, name … text."""
+    return re.split("(" + "|".join(map(re.escape, names)) + ")", text)
 
 
 def asked(pieces: Sequence[str], encode: Encode, marks: Marks) -> Ids:

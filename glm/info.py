@@ -4,20 +4,22 @@
     cache  = (context + prefix) · Σ_layers Σ_remembered heads · width      (attention: two tensors of G heads, K wide)
 
 Weights and cache are exact: they are counted on the meta device. Working space is an upper estimate of what a
-forward pass holds besides: its widest activations, and one matrix in full (as loading and integer weights need it).
+forward pass holds besides: its widest activations, and one matrix in full where its weights are integers.
 """
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from glm import family
-from glm.errors import GLMError, MemoryFitError
+from glm.errors import CheckpointError, GLMError, MemoryFitError
+from glm.experts import Experts
 from glm.family.generation import Generation, Release
 from glm.fields import read_object
 from glm.hub import fetch
@@ -25,7 +27,8 @@ from glm.layout import Causal
 from glm.linear import Dense, RowScaled, Weights
 from glm.memory import Found, memory_found, size
 from glm.model import GLM
-from glm.spec import Spec
+from glm.spec import Block, Spec
+from glm.tensor_file import PIECE as FILE_PIECE
 
 USUAL_CONTEXT = 2048  # tokens to leave room for where nobody said how many
 PIECE = 2048  # tokens of a prompt that go through a causal model at once
@@ -72,6 +75,7 @@ class Info:
     spec: Spec
     dtype: torch.dtype  # of what its files hold as floating-point numbers
     parameters: int
+    active: int  # of those, what one token goes through
     storage: str  # the key of `needs` that was asked for
     needs: dict[str, Need]  # by storage: "stored" as the files have it, then the keys of STORAGES
     found: Found | None  # None: unknown
@@ -104,32 +108,47 @@ def describe(
         raise GLMError(f"weights cannot be stored as {weights!r}; choose one of stored, {', '.join(STORAGES)}")
     if context is not None and context < 1:
         raise GLMError(f"a context of {context} tokens holds nothing; ask for at least 1")
-    release = None if Path(source).is_dir() else family.releases().get(str(source))
-    if release is not None:
-        generation, spec, dtype = family.generation_of(release.name), release.spec, release.dtype
-    else:
-        generation, spec, dtype = _from_config(source, revision)
-    ways = {"stored": (dtype, spec.weights)} | STORAGES
+    known = named(source, revision)
+    spec, dtype = known.spec, known.dtype
     tokens = spec.context if context is None else context
     return Info(
         source=str(source),
-        generation=generation.name,
-        release=release,
+        generation=known.generation.name,
+        release=known.release,
         spec=spec,
         dtype=dtype,
         parameters=parameters(spec),
+        active=active_parameters(spec),
         storage=weights,
-        needs={way: need(replace(spec, weights=w), d, tokens) for way, (d, w) in ways.items()},
+        needs={"stored": need(spec, dtype, tokens)}
+        | {way: need(replace(spec, weights=w, head=Dense()), d, tokens) for way, (d, w) in STORAGES.items()},
         found=memory_found(device),
     )
 
 
-def _from_config(source: str | os.PathLike[str], revision: str | None) -> tuple[Generation, Spec, torch.dtype]:
-    """What the config.json of a folder or hub id says."""
-    folder = fetch(source, revision=revision, weights=False)
-    config = read_object(folder / "config.json")
+class Named(NamedTuple):
+    """What a source is called by and says of itself, without its weights."""
+
+    generation: Generation
+    release: Release | None  # where the source names one
+    spec: Spec
+    dtype: torch.dtype  # of what its files hold as floating-point numbers
+
+
+def named(source: str | os.PathLike[str], revision: str | None = None) -> Named:
+    """What a folder, the name of a release, or a hub id (reads its config) stands for.
+
+    Raises CheckpointError where it is none of them, ConfigError for a config.json that is no GLM's.
+    """
+    if not Path(os.path.expanduser(source)).exists() and "/" not in str(source):
+        try:
+            release = family.release(str(source))
+        except GLMError as error:
+            raise CheckpointError(f"{source}: there is no such folder, and {error}") from None
+        return Named(family.generation_of(release.name), release, release.spec, release.dtype)
+    config = read_object(fetch(source, revision=revision, weights=False) / "config.json")
     generation = family.recognise(config)
-    return generation, generation.spec(config, Path(source).name), stored_dtype(config)
+    return Named(generation, None, generation.read(config, Path(source).name), stored_dtype(config))
 
 
 def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -138,14 +157,25 @@ def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def require_fit(
-    spec: Spec, dtype: torch.dtype, device: torch.device | str | None = None, context: int | None = None
+    spec: Spec,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    context: int | None = None,
+    ranks: int = 1,
 ) -> None:
     """Raise MemoryFitError, with the numbers, unless a model of `spec` in `dtype` fits the device's free memory.
 
-    Room is asked for one sequence of `context` tokens, by default min(2048, what the release takes).
+    Room is asked for one sequence of `context` tokens, by default min(2048, what the release takes). With several
+    `ranks`, `spec` is what one of them holds, except that of the vocabulary it holds its part; on the CPU they share
+    the memory.
     """
     found = memory_found(device)
     asked = need(spec, dtype, min(USUAL_CONTEXT, spec.context) if context is None else context)
+    if ranks > 1:
+        vocabulary = (1 if spec.tied else 2) * spec.vocabulary * spec.width * dtype.itemsize
+        asked = replace(asked, weights=asked.weights - vocabulary + vocabulary // ranks)
+        if found is not None and torch.device(device or torch.get_default_device()).type == "cpu":
+            found = Found(found.bytes // ranks, f"{found.where} to each of {ranks} processes")
     if found is None or asked.bytes <= found.bytes:
         return
     raise MemoryFitError(
@@ -170,14 +200,45 @@ def need(spec: Spec, dtype: torch.dtype, context: int) -> Need:
 
 @cache
 def tensors(spec: Spec, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Every parameter and buffer of the model, without its numbers; a tied head counts once."""
-    model = GLM(spec, device="meta", dtype=dtype)
-    return (*model.parameters(), *model.buffers())
+    """Every parameter and buffer of the model, without its numbers; a tied head counts once.
+
+    Blocks that are built alike are built once, and stand here as often as the model has them.
+    """
+    distinct = tuple(dict.fromkeys(spec.blocks)) if spec.prefix is None else spec.blocks
+    times: Counter[Block] = Counter(spec.blocks if spec.prefix is None else ())
+    model = GLM(replace(spec, blocks=distinct), device="meta", dtype=dtype)
+    inside = [
+        x for block, module in zip(distinct, model.blocks, strict=True) for x in once(module) * (times[block] or 1)
+    ]
+    model.blocks = torch.nn.ModuleList()
+    return (*once(model), *inside)
+
+
+def once(module: torch.nn.Module) -> list[torch.Tensor]:
+    """A module's parameters and buffers, each once."""
+    return [*module.parameters(), *module.buffers()]
 
 
 def parameters(spec: Spec) -> int:
     """Numbers the model has learnt, however its matrices are stored."""
-    return sum(x.numel() for x in tensors(replace(spec, weights=Dense()), torch.float32))
+    return sum(x.numel() for x in tensors(replace(spec, weights=Dense(), head=Dense()), torch.float32))
+
+
+def active_parameters(spec: Spec) -> int:
+    """Of those, what a token goes through: all but the experts that are not chosen for it."""
+    spared = 0
+    for block in spec.blocks:
+        if isinstance(block.feed_forward, Experts):
+            spared += (block.feed_forward.count - block.feed_forward.top) * expert_parameters(
+                block.feed_forward, spec.width
+            )
+    return parameters(spec) - spared
+
+
+def expert_parameters(experts: Experts, width: int) -> int:
+    """Numbers of one expert."""
+    with torch.device("meta"):
+        return sum(x.numel() for x in experts.expert.build(width, Dense()).parameters())
 
 
 def weight_bytes(spec: Spec, dtype: torch.dtype) -> int:
@@ -187,7 +248,8 @@ def weight_bytes(spec: Spec, dtype: torch.dtype) -> int:
 
 def cache_bytes_per_token(spec: Spec, dtype: torch.dtype) -> int:
     """Bytes that one more token adds to a cache."""
-    return dtype.itemsize * sum(heads * width for block in spec.blocks for heads, width in block.mixer.remembers)
+    numbers: int = sum(heads * width for block in spec.blocks for heads, width in block.mixer.remembers)
+    return numbers * dtype.itemsize
 
 
 def working_bytes(spec: Spec, dtype: torch.dtype, tokens: int) -> int:
@@ -195,24 +257,17 @@ def working_bytes(spec: Spec, dtype: torch.dtype, tokens: int) -> int:
 
     Per token the stream in four states (x, its norm, what is added, the sum) and either attention (q, k, v, turned,
     and laid out for the product) or the feed-forward (its branches, active ones, their product); a mask, where a
-    token sees more than its past; the logits of one token in float32, sorted to sample from; and one matrix: on its
-    way from the file, or integers being written out (as they are, unpacked, converted and scaled).
+    token sees more than its past; the logits of one token in float32, sorted to sample from; and what is on its way
+    from a file, or one matrix of integers being written out (as they are, unpacked, converted and scaled).
     """
     causal = isinstance(spec.reading, Causal)
     T = min(tokens, PIECE) if causal else tokens
-    widest = max(
-        max(
-            3 * (block.mixer.heads + 2 * block.mixer.groups) * block.mixer.head_width,
-            (2 * len(block.feed_forward.branches) + 1) * block.feed_forward.inner,
-        )
-        for block in spec.blocks
-    )
+    parts = (part for block in spec.blocks for part in (block.mixer, block.feed_forward))
+    widest = max(int(part.working(spec.width)) for part in parts)
     streams = T * (4 * spec.width + widest) * dtype.itemsize
     mask = 0 if causal else T * tokens * (2 + dtype.itemsize)
     logits = 8 * spec.vocabulary * torch.float32.itemsize
-    per_byte = 8 // spec.weights.bits if isinstance(spec.weights, RowScaled) else 1
-    matrix = max(
-        x.numel() * (per_byte * (2 + 2 * dtype.itemsize) if x.dtype == torch.int8 else dtype.itemsize)
-        for x in tensors(spec, dtype)
-    )
+    written_out = 0 if isinstance(spec.weights, Dense) else 8 // spec.weights.bits * (2 + 2 * dtype.itemsize)
+    integers = (x for x in tensors(spec, dtype) if not x.is_floating_point())
+    matrix = max(FILE_PIECE, *(written_out * x.shape[-2:].numel() * x.itemsize for x in integers), 0)
     return streams + mask + logits + matrix

@@ -147,6 +147,14 @@ class Layout:
             return EVERYTHING
         return Mask(visible[:, None], causal=False)
 
+    def without_last(self, count: int) -> "Layout":
+        """The layout of all but the last `count` of these tokens."""
+        T, keys = self.positions.shape[1] - count, self.keys - count
+        layout = Layout.rule(self.positions[:, :T], keys, start=self.start, prefix=self.prefix_length)
+        layout.step, layout.reading = self.step, self.reading
+        layout._visible = None if self._visible is None else self._visible[:, :T, :keys]
+        return layout
+
     def following(self, count: int, step: Sequence[int]) -> "Layout":
         """The layout of `count` tokens after these: visibility as the last row's, positions going on by `step` [A].
 
@@ -226,15 +234,18 @@ class Blank:
         for row in range(B):
             where = keep[row].nonzero().flatten().cpu()
             tokens = ids[row].cpu()[where].tolist()
-            read, blank = self.read_and_blank(tokens)
-            positions[row, where] = self.places(len(tokens), read, blank)
-            step[row] = torch.tensor((int(blank is None), 1)[: self.axes])
+            positions[row, where], step[row], read = self.row(tokens)
             prefix[row] = where[read - 1] + 1 if read else 0
             reading = reading or read == len(tokens)
         positions, prefix = positions.to(ids.device), prefix.to(ids.device)
         layout = Layout.rule(positions, prefix=prefix) if real is None else padded(positions, real, prefix)
         layout.step, layout.reading = step.to(ids.device), reading
         return layout
+
+    def row(self, tokens: list[int]) -> tuple[Tensor, Tensor, int]:
+        """Of one row: position ids [count, axes], how they go on [axes], and how many tokens are read."""
+        read, blank = self.read_and_blank(tokens)
+        return self.places(len(tokens), read, blank), torch.tensor((int(blank is None), 1)[: self.axes]), read
 
     def read_and_blank(self, tokens: list[int]) -> tuple[int, int | None]:
         """How many tokens of a row are read, and the fixed place of what is written; None: places go on counting."""
@@ -259,6 +270,34 @@ class Blank:
     def following(self, layout: Layout, count: int) -> Layout:
         """The layout of the next `count` written tokens. Raises LayoutError while a row is still being read."""
         return layout.following(count, self.step)
+
+
+@dataclass(frozen=True)
+class InTurn(Blank):
+    """Reading rule of a model that fills blanks of any kind in turn: start token n writes for the n-th blank.
+
+    With two axes what is written counts from 1 on the second one, anew for each blank, and sees what was written
+    for those before. A row without start token is an ordinary causal text.
+    """
+
+    def row(self, tokens: list[int]) -> tuple[Tensor, Tensor, int]:
+        """Of one row: position ids [count, axes], how they go on [axes], and how many tokens are read."""
+        read = tokens.index(self.sop) if self.sop in tokens else len(tokens)
+        spans = [i for i, id in enumerate(tokens) if id == self.sop]
+        blanks = [i for i, id in enumerate(tokens[:read]) if id in self.masks]
+        if len(spans) > len(blanks):
+            raise LayoutError(
+                f"ids hold {len(spans)} start tokens {self.sop} but {len(blanks)} of the blanks {list(self.masks)} "
+                "they fill: put a mask token before each, or give a Layout"
+            )
+        place = torch.stack((torch.arange(len(tokens)), torch.zeros(len(tokens), dtype=torch.long)), dim=-1)
+        for start, end, blank in zip(spans, [*spans[1:], len(tokens)], blanks, strict=False):
+            place[start:end, 1] = torch.arange(1, end - start + 1)
+            if tokens[blank] in self.fixed:
+                place[start:end, 0] = blank
+        written = bool(spans)
+        moves = not written or tokens[blanks[len(spans) - 1]] not in self.fixed
+        return place[:, : self.axes], torch.tensor((int(moves), int(written))[: self.axes]), read if written else 0
 
 
 LayoutRule = Causal | Blank

@@ -7,14 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glm.grouped import Grouped
+
 
 @dataclass(frozen=True)
 class Dense:
     """y = W x + b, every weight a floating-point number of the model's dtype."""
 
-    def linear(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+    def linear(self, inputs: int, outputs: int, bias: bool) -> "Linear":
         """A module [..., inputs] -> [..., outputs]."""
         return Linear(inputs, outputs, bias=bias)
+
+    def stack(self, count: int, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        """`count` such layers in one: a module called with x [..., inputs] and the number of a layer."""
+        return LinearStack(count, inputs, outputs, bias)
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,28 @@ class RowScaled:
 
     bits: int
 
-    def linear(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+    def linear(self, inputs: int, outputs: int, bias: bool) -> "RowScaledLinear":
         """A module [..., inputs] -> [..., outputs]."""
         return RowScaledLinear(inputs, outputs, bias, self.bits)
 
+    def stack(self, count: int, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        """`count` such layers in one: a module called with x [..., inputs] and the number of a layer."""
+        return RowScaledStack(count, inputs, outputs, bias, self.bits)
 
-Weights = Dense | RowScaled
+
+Weights = Dense | RowScaled | Grouped
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Stores `count` matrices as one, as `weights` would store each of them."""
+
+    weights: Weights
+    count: int
+
+    def linear(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        """A module called with x [..., inputs] and the number of a matrix -> [..., outputs]."""
+        return self.weights.stack(self.count, inputs, outputs, bias)
 
 
 class Linear(nn.Linear):
@@ -44,14 +66,37 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing: `GLM` draws its numbers or loads them. (On "meta", torch's own way would import its compiler.)"""
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as [outputs, inputs] in `dtype`."""
+        return self.weight.to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
-        if x.numel() != self.in_features or x.dtype != torch.float32 or x.device.type != "cpu":
-            return super().forward(x)
-        parts = math.gcd(self.out_features, torch.get_num_threads())
-        rows = self.weight.view(parts, -1, self.in_features)
-        y = torch.bmm(x.view(1, 1, -1).expand(parts, -1, -1), rows.transpose(1, 2)).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        return affine(x, self.weight, self.bias)
+
+
+class LinearStack(nn.Module):
+    """y = W_e x + b_e for a number e."""
+
+    def __init__(self, count: int, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(count, outputs)) if bias else None
+
+    def forward(self, x: Tensor, e: int) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        return affine(x, self.weight[e], None if self.bias is None else self.bias[e])
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + b for x [..., inputs] and W [outputs, inputs]; the rows of a DTensor are dealt out already."""
+    outputs, inputs = weight.shape
+    if type(x) is not Tensor or x.numel() != inputs or x.dtype != torch.float32 or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    parts = math.gcd(outputs, torch.get_num_threads())
+    rows = weight.view(parts, -1, inputs)
+    y = torch.bmm(x.view(1, 1, -1).expand(parts, -1, -1), rows.transpose(1, 2)).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
 
 
 class RowScaledLinear(nn.Module):
@@ -69,12 +114,36 @@ class RowScaledLinear(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight as [outputs, inputs] in `dtype`."""
-        integers = unpack_int4(self.weight) if self.bits == 4 else self.weight
-        return integers.to(dtype) * self.weight_scale.to(dtype)[:, None]
+        return scaled(self.weight, self.weight_scale, self.bits, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
         return F.linear(x, self.dense(x.dtype), self.bias)
+
+
+class RowScaledStack(nn.Module):
+    """y = (s_e ⊙ q_e) x + b_e for a number e; only that matrix is written out."""
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, count: int, inputs: int, outputs: int, bias: bool, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("weight", torch.zeros(count, outputs, inputs * bits // 8, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.ones(count, outputs))
+        self.bias = nn.Parameter(torch.zeros(count, outputs)) if bias else None
+
+    def forward(self, x: Tensor, e: int) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        weight = scaled(self.weight[e], self.weight_scale[e], self.bits, x.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias[e])
+
+
+def scaled(integers: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The matrix s ⊙ q [outputs, inputs] in `dtype`, from its integers as they are stored."""
+    values = unpack_int4(integers) if bits == 4 else integers
+    return values.to(dtype) * scale.to(dtype)[:, None]
 
 
 def empty_embedding(rows: int, width: int) -> nn.Embedding:

@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from glm.cache import Cache, Memory, Passing
+from glm.cache import Cache, Memory, Notes, Passing
 from glm.errors import LayoutError
 from glm.layout import Layout, Mask
-from glm.linear import Dense, Weights, empty_embedding
+from glm.linear import Weights, empty_embedding
 from glm.positions import Rotation
 from glm.spec import Block, Spec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class BlockModule(nn.Module):
@@ -51,13 +54,13 @@ class GLM(nn.Module):
         self.spec = spec
         with torch.device("meta"):
             self.embedding = empty_embedding(spec.vocabulary, spec.width)
+            self.places = None if spec.learned is None else spec.learned.build(spec.width)
             self.prefix = None
             if spec.prefix is not None:
-                mixer = spec.blocks[0].mixer
-                self.prefix = spec.prefix.build(len(spec.blocks), mixer.groups, mixer.head_width)
+                self.prefix = spec.prefix.build(len(spec.blocks), spec.blocks[0].mixer.remembers)
             self.blocks = nn.ModuleList(BlockModule(block, spec.width, spec.weights) for block in spec.blocks)
             self.final_norm = nn.Identity() if spec.final_norm is None else spec.final_norm.build(spec.width)
-            self.head = Dense().linear(spec.width, spec.vocabulary, bias=False)
+            self.head = spec.head.linear(spec.width, spec.vocabulary, bias=False)
         self.to(dtype or torch.get_default_dtype())
         device = torch.device(device or torch.get_default_device())
         if device.type != "meta":
@@ -74,8 +77,10 @@ class GLM(nn.Module):
             generator.manual_seed(seed)
         with torch.no_grad():
             for name, x in self.state_dict().items():
-                if x.dtype == torch.int8 or name.endswith("bias"):
+                if not x.is_floating_point() or name.endswith("bias"):
                     x.zero_()
+                elif name.endswith("weight_scale"):
+                    x.fill_(1 if x.dim() == 1 else 0)  # packed integers of zero bits are -2^(bits-1)
                 elif x.dim() == 1:
                     x.fill_(1)
                 else:
@@ -90,11 +95,12 @@ class GLM(nn.Module):
         device: torch.device | str | None = None,
         revision: str | None = None,
         prefix: str | PathLike[str] | None = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> "GLM":
         """The model of a checkpoint folder or hub id; `prefix` is a P-Tuning folder. See `glm.pretrained.load`."""
         from glm.pretrained import load  # the way down to files and families starts here
 
-        return load(source, dtype=dtype, device=device, revision=revision, prefix=prefix)
+        return load(source, dtype=dtype, device=device, revision=revision, prefix=prefix, mesh=mesh)
 
     @classmethod
     def from_release(
@@ -125,11 +131,16 @@ class GLM(nn.Module):
         """What the release makes of ids [B, T]; `real` bool [B, T] is False on padding."""
         return self.spec.reading.read(ids, real)
 
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Ids [B, T] at positions [B, T, A] -> the stream before the first block, [B, T, D]."""
+        x: Tensor = self.embedding(ids)
+        return x if self.places is None else x + self.places(positions)
+
     def start(self) -> Sequence[Memory]:
         """One memory a layer for a pass without a cache: nothing, or the learned prefix."""
-        if self.prefix is None:
-            return [Passing(None)] * len(self.blocks)
-        return [Passing(keys_and_values) for keys_and_values in self.prefix()]
+        prefixes = [None] * len(self.blocks) if self.prefix is None else self.prefix()
+        notes: Notes = {}
+        return [Passing(keys_and_values, notes) for keys_and_values in prefixes]
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """Room for `length` tokens in each of `batch` rows, on the model's device and in its dtype."""
@@ -182,6 +193,17 @@ class GLM(nn.Module):
 
         Raises LayoutError if the layout does not fit, CacheError if the cache is too short.
         """
+        x, states = self.stream(ids, layout, cache, hidden=hidden)
+        logits: Tensor = self.head(x[:, -1:] if last else x)  # [B T V]
+        return (logits, [*states, x]) if hidden else logits
+
+    def stream(
+        self, ids: Tensor, layout: Layout | None = None, cache: Cache | None = None, *, hidden: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What the head reads of ids [B, T], the stream [B, T, D] after the final norm, and for `hidden` all before it.
+
+        The arguments are those of a call, and so are the errors.
+        """
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise LayoutError(f"ids must be [B, T] with T ≥ 1, not {list(ids.shape)}")
         B, T = ids.shape
@@ -201,14 +223,12 @@ class GLM(nn.Module):
         rotation = self.spec.rotary.rotation(layout.positions, self.dtype)
         memories = self.start() if cache is None else cache.memories()
 
-        x = self.embedding(ids)  # [B T D]
-        states = [x]
+        x = self.embed(ids, layout.positions)  # [B T D]
+        states = [x] if hidden else []
         for block, memory in zip(self.blocks, memories, strict=True):
             x = block(x, rotation, mask, memory)
             if hidden:
                 states.append(x)
         if cache is not None:
             cache.advance(layout)
-        x = self.final_norm(x)
-        logits: Tensor = self.head(x[:, -1:] if last else x)  # [B T V]
-        return (logits, [*states, x]) if hidden else logits
+        return self.final_norm(x), states

@@ -1,4 +1,4 @@
-"""Positions: rotary embedding over any number of position axes.
+"""Positions: rotary embedding over any number of position axes, and learned tables.
 
 Rotary embedding (Su et al. 2021, arXiv:2104.09864) turns pairs of channels (a, b) of every query and key by an
 angle θ = p ω that grows with the position p:
@@ -8,6 +8,9 @@ angle θ = p ω that grows with the position p:
 so that q·k depends on positions only through their difference. Axis `a` of the position ids turns the next
 `widths[a]` channels of each head; channels beyond `sum(widths)` are left alone. Full rotary is `(K,)`, half
 rotary `(K/2,)`, two-dimensional rotary `(K/2, K/2)`.
+
+Learned tables (Gehring et al. 2017, arXiv:1705.03122) are older: one row for every place a text can have, added to
+the embedding of the token that stands there, x + Σ_a table_a[p_a]. Nothing is turned then (`Unturned`).
 """
 
 import math
@@ -15,9 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glm.errors import LayoutError
+from glm.linear import empty_embedding
 from glm.norms import wide
 
 
@@ -125,6 +129,47 @@ class Rotary:
         return Rotation(turns, self.widths, self.pairing)
 
 
+@dataclass(frozen=True)
+class Unturned:
+    """No rotation: queries and keys stay as they are, whatever their positions."""
+
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> "Rotation":
+        """The turns for position ids [B, T, A]: none."""
+        return Rotation((), (), "halves")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A table of `length` rows for each of `axes` position axes: axis a of a token adds row p_a of table a."""
+
+    length: int
+    axes: int
+
+    def build(self, width: int) -> nn.Module:
+        """A module: position ids [B, T, A] -> [B, T, width]."""
+        return LearnedModule(self, width)
+
+
+class LearnedModule(nn.Module):
+    """Σ_a table_a[p_a]."""
+
+    def __init__(self, spec: Learned, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.tables = nn.ModuleList(empty_embedding(spec.length, width) for _ in range(spec.axes))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """[B, T, A] -> [B, T, D]. Raises LayoutError for a position that the tables do not have."""
+        if positions.shape[-1] != self.spec.axes:
+            raise LayoutError(f"positions have {positions.shape[-1]} axes, but the model has {self.spec.axes} tables")
+        lowest, highest = (int(end) for end in positions.aminmax())
+        if lowest < 0 or highest >= self.spec.length:
+            where = highest if highest >= self.spec.length else lowest
+            raise LayoutError(f"position {where} is none of the {self.spec.length} the model learnt: shorten the text")
+        x: Tensor = sum(table(positions[..., axis]) for axis, table in enumerate(self.tables))
+        return x
+
+
 class Rotation:
     """cos θ and sin θ of every token, [B, T, 1, w/2] an axis; call it to turn queries or keys."""
 
@@ -135,6 +180,8 @@ class Rotation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Turn queries or keys [B, T, heads, K]."""
+        if not self.turns:
+            return x
         parts = x.split([*self.widths, x.shape[-1] - sum(self.widths)], dim=-1)
         turned = [self.turn(part, *turn) for part, turn in zip(parts, self.turns, strict=False)]
         return torch.cat([*turned, parts[-1]], dim=-1)

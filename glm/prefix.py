@@ -4,11 +4,15 @@ P-Tuning v2 (Liu et al. 2021, arXiv:2110.07602) trains only these and leaves the
 take up no positions and are seen by every token.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from glm.cache import Shape
+from glm.errors import ConfigError
 from glm.linear import empty_embedding
+from glm.shares import Cut, Run, columns, rows
 
 
 @dataclass(frozen=True)
@@ -18,9 +22,21 @@ class Prefix:
     length: int
     projected: tuple[int, int] | None
 
-    def build(self, layers: int, groups: int, head_width: int) -> nn.Module:
-        """A module that returns, called with nothing, the (k, v) of each layer."""
-        return PrefixModule(self, layers, groups, head_width)
+    def build(self, layers: int, remembered: tuple[Shape, ...]) -> nn.Module:
+        """A module that returns, called with nothing, the (k, v) of each layer.
+
+        `remembered` is what a layer remembers of a token. Raises ConfigError where that is not a key and a value.
+        """
+        if len(remembered) != 2 or remembered[0] != remembered[1]:
+            raise ConfigError(
+                "a learned prefix is made of keys and values, and this attention remembers something else"
+            )
+        return PrefixModule(self, layers, *remembered[0])
+
+    def plan(self, layers: int, remembered: tuple[Shape, ...]) -> Mapping[str, Cut]:
+        """How it is dealt out to ranks: the key heads of every layer's keys and values."""
+        runs = [Run("key heads", *heads, repeated=True) for heads in remembered] * layers
+        return {"embedding": columns(*runs)} if self.projected is None else {"project.2": rows(*runs)}
 
 
 class PrefixModule(nn.Module):

@@ -2,10 +2,12 @@
 
     Pre       x + f(n(x))                                  (Xiong et al. 2020, arXiv:2002.04745)
     Sandwich  x + m(f(n(x)))                               (Ding et al. 2021, arXiv:2105.13290)
+    Deep      n(αx + f(x))                                 (DeepNorm, Wang et al. 2022, arXiv:2203.00555)
     Scaled    α n(x) + f(n(x))
 
-`Scaled` is DeepNorm's chain n(αx + f(x)) (Wang et al. 2022, arXiv:2203.00555) cut one norm earlier: what a
-DeepNorm block hands to the next is normalised there first, so h = n(x) is the stream and αh + f(h) its update.
+`Scaled` is `Deep`'s chain cut one norm earlier: what a DeepNorm block hands to the next is normalised there first,
+so h = n(x) is the stream and αh + f(h) its update. The two compute the same, with one norm before the first block
+instead of one behind the last. Every published GLM with DeepNorm is written in the cut form.
 """
 
 from collections.abc import Callable
@@ -34,6 +36,17 @@ class Sandwich:
     def build(self, norm: Norm, width: int) -> nn.Module:
         """A module called with (x [B, T, D], f) that returns the new stream [B, T, D]."""
         return SandwichModule(norm, width)
+
+
+@dataclass(frozen=True)
+class Deep:
+    """n(αx + f(x)): DeepNorm as its paper writes it."""
+
+    alpha: float
+
+    def build(self, norm: Norm, width: int) -> nn.Module:
+        """A module called with (x [B, T, D], f) that returns the new stream [B, T, D]."""
+        return DeepModule(norm, width, self.alpha)
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,20 @@ class SandwichModule(nn.Module):
         return x + added
 
 
+class DeepModule(nn.Module):
+    """n(αx + f(x))."""
+
+    def __init__(self, norm: Norm, width: int, alpha: float) -> None:
+        super().__init__()
+        self.after = norm.build(width)
+        self.alpha = alpha
+
+    def forward(self, x: Tensor, f: Sublayer) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        y: Tensor = self.after(self.alpha * x + f(x))
+        return y
+
+
 class ScaledModule(nn.Module):
     """α n(x) + f(n(x))."""
 
@@ -87,4 +114,4 @@ class ScaledModule(nn.Module):
         return self.alpha * h + f(h)
 
 
-Wiring = Pre | Sandwich | Scaled
+Wiring = Pre | Sandwich | Deep | Scaled

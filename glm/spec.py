@@ -10,14 +10,20 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from glm.attention import Attention
-from glm.feed_forward import FeedForward
 from glm.layout import LayoutRule
-from glm.linear import Weights
+from glm.linear import Dense, Weights
 from glm.norms import Norm
-from glm.positions import Rotary
+from glm.positions import Learned, Rotary, Unturned
 from glm.prefix import Prefix
 from glm.residual import Wiring
+
+Mixer = Any
+"""A spec of `attention.py` or of a file like it. It has `build(width, weights)`, `remembers` and `working(width)`, and
+for several ranks `plan` and `share(rank, ranks)`; what else it has, only those ask who chose it: a generation's file
+knows which mixer its blocks have."""
+
+Transform = Any
+"""A spec of `feed_forward.py` or of a file like it, with `build(width, weights)`, `working(width)`, `plan`, `share`."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,8 @@ class Block:
 
     wiring: Wiring
     norm: Norm
-    mixer: Attention
-    feed_forward: FeedForward
+    mixer: Mixer
+    feed_forward: Transform
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Spec:
     width: int  # D
     context: int  # tokens the release was trained or published for
     reading: LayoutRule  # ids -> positions and visibility
-    rotary: Rotary
+    rotary: Rotary | Unturned
     blocks: tuple[Block, ...]
     final_norm: Norm | None
     tied: bool  # the head is the embedding
@@ -46,6 +52,8 @@ class Spec:
     weights: Weights  # how the matrices of the blocks are stored
     pad: int | None
     stop: tuple[int, ...]  # ids that end a text
+    learned: Learned | None = None  # position tables added to the embedding; only the first generation has any
+    head: Weights = Dense()  # how the head is stored, which every release leaves dense
 
     def __str__(self) -> str:
         """The tree, one field a line, equal neighbouring blocks written once."""

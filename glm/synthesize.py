@@ -14,6 +14,7 @@ from glm import family
 from glm.checkpoint import save
 from glm.errors import GLMError
 from glm.export import exported
+from glm.linear import Weights
 from glm.model import GLM
 from glm.tensor_file import Progress
 
@@ -27,9 +28,12 @@ def synthesize(
     seed: int = 0,
     layers: int | None = None,
     dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write the release with random weights, in as many shards as the original; `layers` keeps only the first ones.
+
+    `weights` is how the matrices of the blocks are stored, by default as the release has them.
 
     Tensors are drawn one at a time, each from `seed` and its own name. `progress` is told bytes written.
     Raises GLMError for an unknown release, or a folder that is taken.
@@ -40,19 +44,25 @@ def synthesize(
         if not 1 <= layers <= len(spec.blocks):
             raise GLMError(f"{chosen.name} has {len(spec.blocks)} layers, of which {layers} cannot be kept")
         spec = replace(spec, blocks=spec.blocks[:layers])
+    spec = replace(spec, weights=weights or spec.weights)
     shapes = GLM(spec, device="meta").state_dict()
     config, tensors = exported(
-        generation, spec, shapes, lambda name: drawn(name, shapes[name], seed), lambda _: dtype or chosen.dtype
+        generation,
+        spec,
+        shapes,
+        lambda stored: drawn(stored.name, stored.part(shapes[stored.parameter]), seed),
+        lambda _: dtype or chosen.dtype,
     )
     total = sum(tensor.nbytes for tensor in tensors)
     save(folder, config, tensors, shard_bytes=-(-total // chosen.shards), progress=progress)
 
 
 def drawn(name: str, shape: Tensor, seed: int) -> Tensor:
-    """Numbers for the parameter `name`: norm weights 1, biases and matrices N(0, 0.02²), integers of that spread."""
+    """Numbers for the tensor `name`: norm weights 1, biases and matrices N(0, 0.02²), integers of that spread."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
-    if shape.dtype == torch.int8:
-        return torch.randint(-128, 128, shape.shape, dtype=torch.int8, generator=generator)
+    if not shape.is_floating_point():
+        least = torch.iinfo(shape.dtype).min
+        return torch.randint(least, -least, shape.shape, dtype=shape.dtype, generator=generator)
     if name.endswith("weight_scale"):
         return torch.full(shape.shape, SPREAD / 4)
     if shape.dim() == 1 and name.endswith("weight"):

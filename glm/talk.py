@@ -9,6 +9,7 @@ from glm.generation import stream
 from glm.info import PIECE
 from glm.layout import Causal
 from glm.model import GLM
+from glm.reply import Reader, Said
 from glm.tokenizer import Tokenizer
 
 
@@ -46,7 +47,9 @@ class Talk:
         prompt = self.prompt(question)
         ids: list[int] = []
         try:
-            yield from self.told(spelt(self.tokenizer, self.written(prompt, ids)))
+            pieces = spelt(self.tokenizer, self.written(prompt, ids))
+            marked = self.tokenizer.format.marks is not None
+            yield from self.read(self.tokenizer.reader(prompt), pieces) if marked else self.told(pieces)
         finally:
             if ids:
                 self.messages += [{"role": "user", "content": question}, self.tokenizer.parse(ids)]
@@ -76,6 +79,12 @@ class Talk:
             ids.append(id)
             yield id
         self.cut = len(ids) == room
+
+    def read(self, reader: Reader, pieces: Iterable[str]) -> Iterator[str]:
+        """What is said aloud, for a release that marks its thoughts and the tools it calls."""
+        for piece in pieces:
+            yield from (part.text for part in reader.put(piece) if isinstance(part, Said) and part.kind == "content")
+        yield from (part.text for part in reader.end() if isinstance(part, Said) and part.kind == "content")
 
     def told(self, pieces: Iterable[str]) -> Iterator[str]:
         """What the release's reader of answers makes of the text so far, as far as it will not change any more.

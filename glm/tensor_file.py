@@ -66,6 +66,13 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Derived(TensorInfo):
+    """A tensor that no file holds as it is wanted: made, when its turn comes, of what lies at `begin` to `end`."""
+
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Outgoing:
     """A tensor to be written: what it will be, and how to get it when its turn has come."""
 
@@ -163,9 +170,17 @@ def scan_tensor(name: str, info: TensorInfo) -> None:
             raise CheckpointError(unfit(name, info, piece, piece.dtype))
 
 
-def pieces(name: str, info: TensorInfo, shape: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """A tensor, seen as `shape`, in runs of rows: (first row, rows). Each run overwrites the one before."""
+def pieces(
+    name: str, info: TensorInfo, shape: Sequence[int], wanted: Callable[[slice], bool] | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """A tensor, seen as `shape`, in runs of rows: (first row, rows). Each run overwrites the one before.
+
+    Runs of which no row is `wanted` are not read. What is derived comes in one run.
+    """
     if not math.prod(shape):
+        return
+    if isinstance(info, Derived):
+        yield 0, info.make().view(shape)
         return
     rows = max(1, PIECE // (math.prod(shape[1:]) * info.dtype.itemsize))
     buffer = torch.empty(min(rows, shape[0]), *shape[1:], dtype=info.dtype, device="cpu")
@@ -174,6 +189,9 @@ def pieces(name: str, info: TensorInfo, shape: Sequence[int]) -> Iterator[tuple[
             file.seek(info.begin)
             for start in range(0, shape[0], rows):
                 piece = buffer[: shape[0] - start]
+                if wanted is not None and not wanted(slice(start, start + len(piece))):
+                    file.seek(piece.nbytes, os.SEEK_CUR)
+                    continue
                 read_exactly(file, piece)
                 yield start, piece
     except (OSError, EOFError) as error:

@@ -16,8 +16,17 @@ from typing import Any
 from glm import chat
 from glm.chat import Message, Part, TextFormat, Token, Tool
 from glm.errors import PromptError, TokenizerError
-from glm.vocabulary import ByteLevel, Ranks, SentencePiece, Stream, Vocabulary, index
+from glm.reply import Reader
+from glm.vocabulary import Apart, ByteLevel, Ranks, SentencePiece, Stream, Vocabulary, WordPieces, index, merged
 
+VOCABULARIES = (  # files that hold one, in the order they are looked for
+    "ice_text.model",
+    "tokenizer.model",
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "cog-pretrain.model",
+)
 LARGEST_FILE = 256 * 2**20  # bytes; the largest published vocabulary file has 20 million
 
 
@@ -123,7 +132,9 @@ class Tokenizer:
 
     def stream(self, *, special: bool = True) -> Stream:
         """Decodes one id at a time: the sum of all `put(id)` and the final `end()` is `decode` of them all."""
-        return self._pieces.stream(self._unseen if special else self._unseen.union(self._pieces.special.values()))
+        apart = frozenset(map(self.id, self.format.apart))
+        stream = self._pieces.stream(self._unseen if special else self._unseen.union(self._pieces.special.values()))
+        return Apart(stream, apart) if apart else stream
 
     def chat(
         self,
@@ -154,14 +165,24 @@ class Tokenizer:
     def infill(self, text: str) -> list[int]:
         """Ids that ask the model for what belongs in the one `[MASK]` of `text`.
 
+        Where the release knows several kinds of blanks, a text may have several; they ask for the first.
         PromptError: another number of masks, or a release that was not trained to fill them.
         """
-        if self.format.fills is None:
-            raise PromptError(f"{self.format.name} was not trained to fill in a [MASK]; ChatGLM-6B and tiny-glm were")
-        parts = self._split(text, ["[MASK]"])
-        if parts.count(Token("[MASK]")) != 1:
-            raise PromptError(f"the text must have one [MASK], not {parts.count(Token('[MASK]'))}")
-        return self._before + self._ids(parts) + [self.id(name) for name in self.format.fills]
+        format = self.format
+        if format.fills is None:
+            raise PromptError(f"{format.name} was not trained to fill in a [MASK]; ChatGLM-6B and tiny-glm were")
+        parts = self._split(text, format.blanks)
+        count = sum(isinstance(part, Token) for part in parts)
+        if count != 1 and (count == 0 or len(format.blanks) == 1):
+            raise PromptError(f"the text must have one {' or '.join(format.blanks)}, not {count}")
+        fills = format.fills[-1:] if format.open_ended and isinstance(parts[-1], Token) else format.fills
+        return self._before + self._ids(parts) + [self.id(name) for name in fills]
+
+    def continuation(self, text: str) -> list[int]:
+        """Ids that ask the model to write on where `text` stops."""
+        if self.format.continues is None:
+            return self.encode(text, special=True)
+        return self._before + self._ids(self._split(text, ())) + [self.id(name) for name in self.format.continues]
 
     def parse(self, answer: str | Iterable[int]) -> Message:
         """What the model wrote, as the assistant's message; `metadata` names a tool it calls.
@@ -176,6 +197,18 @@ class Tokenizer:
             answer = self.decode(takewhile(lambda id: id not in self.stop, map(index, answer)))
         return self.format.answer(answer)
 
+    def reader(self, prompt: Iterable[int] = (), tools: Iterable[Tool] | None = None) -> Reader:
+        """Reads the answer to `prompt` while it is written; `tools` are those it may call. See `glm.reply`.
+
+        PromptError: the release marks neither thoughts nor calls.
+        """
+        if self.format.marks is None:
+            raise PromptError(f"{self.format.name} has no marks to read an answer by; use parse or replies")
+        marks = self.format.marks(list(tools or ()))
+        opened, closed = (self._pieces.special.get(name, self._pieces.others.get(name)) for name in marks.thought)
+        last = next((id for id in reversed(list(prompt)) if id in (opened, closed)), None)
+        return Reader(marks, thinking=last is not None and last == opened)
+
     def _prompt(
         self, messages: Iterable[Message], tools: Iterable[Tool] | None, reply: bool, thinking: bool | None
     ) -> list[Part]:
@@ -189,6 +222,9 @@ class Tokenizer:
     def _split(self, text: str, names: Iterable[str]) -> list[Part]:
         """`text` cut at the tokens `names`; without the white space beside them, where the release drops that."""
         parts = chat.split(checked(text), names)
+        for at, part in enumerate(parts[1:]):
+            if isinstance(part, Token) and part.name in self.format.swallows and isinstance(parts[at], str):
+                parts[at] = str(parts[at]).rstrip()
         if not self.format.strips:
             return parts
         tokens = [False, *(isinstance(part, Token) for part in parts), False]
@@ -224,11 +260,11 @@ def checked(text: str) -> str:
 
 def _load(folder: Path, source: str, generation: str | None) -> Tokenizer:
     """Finds the vocabulary, and names the folder in every error."""
-    for path in (folder / "ice_text.model", folder / "tokenizer.model", folder / "tokenizer.json"):
+    for path in map(folder.joinpath, VOCABULARIES):
         if path.is_file():
             break
     else:
-        raise TokenizerError(f"{folder} holds no vocabulary: no ice_text.model, tokenizer.model or tokenizer.json")
+        raise TokenizerError(f"{folder} holds no vocabulary: no {', '.join(VOCABULARIES[:-1])} or {VOCABULARIES[-1]}")
     try:
         file = _read(path)
         settings = _Settings(_json(folder / "config.json"), _json(folder / "tokenizer_config.json"), folder, source)
@@ -248,8 +284,18 @@ def _recognised(name: str, file: bytes, settings: "_Settings", generation: str |
     if not file:
         raise TokenizerError(f"{name} is empty; download it again")
     if name == "ice_text.model":
-        format = family.named(family.ICE_TEXT, generation or "chatglm")
-        return SentencePiece(file, format.added, format.spellings, settings.shift()), format
+        generation = generation or family.of_ice_text(settings.config)
+        format = family.named(family.ICE_TEXT, generation)
+        return SentencePiece(file, format.added, format.spellings, settings.shift(family.IMAGES[generation])), format
+    if name == "vocab.json":
+        format = family.named(family.MERGES, generation or "glm")
+        return ByteLevel(merged(file, _read(settings.folder / "merges.txt"), format.added)), format
+    if name == "vocab.txt":
+        format = family.named(family.WORDS, generation or "glm")
+        return WordPieces(file.decode(), format.added), format
+    if name == "cog-pretrain.model":
+        format = family.named(family.COG, generation or "glm")
+        return SentencePiece(file, format.added), format
     if name == "tokenizer.json":
         pieces = ByteLevel(file)
         tokens = {*pieces.special, *pieces.others}
@@ -281,9 +327,9 @@ class _Settings:
         cached = [folder.parent.parent.name] if folder.parent.name == "snapshots" else []  # the hub's cache
         return [*told, Path(self.source).name, folder.name, *cached]
 
-    def shift(self) -> int:
-        """How many image tokens are counted before the text."""
-        images = self.own.get("num_image_tokens", 0)
+    def shift(self, usual: int) -> int:
+        """How many image tokens are counted before the text; `usual` where the folder does not say."""
+        images = self.own.get("num_image_tokens", usual)
         if not isinstance(images, int):
             raise TokenizerError(f"num_image_tokens in tokenizer_config.json is {images!r}, not a number")
         return images

@@ -6,6 +6,10 @@ A step draws a batch, takes the cross-entropy of the tokens to be written, and l
 arXiv:1711.05101) follow its gradient; the learning rate goes up in a line and down along a cosine. Everything random
 is drawn from the recipe's seed and the number of the step, so that a run that was interrupted goes on exactly as it
 would have gone.
+
+Several processes (`torchrun --nproc-per-node 2 -m glm train …`) share every batch, and each keeps a part of the weights
+and moments (FSDP2, `glm.parallel`). The run is the same, up to rounding, whatever their number, and can be resumed with
+another one.
 """
 
 import hashlib
@@ -44,6 +48,8 @@ from glm.family.text_chatglm import CHATGLM_BYTES
 from glm.generation import generate
 from glm.infilling import CJK, IGNORED, Marks, Sample, batch
 from glm.model import GLM
+from glm.norms import wide
+from glm.parallel import agreed, dealt_like, first, fully_sharded, mesh_of_all, summed, whole
 from glm.recipe import Recipe
 from glm.spec import Spec
 from glm.tokenizer import Tokenizer
@@ -77,9 +83,9 @@ def train(
     run = Run(plan, folder / "unfinished")
     if resume:
         run.resume()
-    else:
+    elif first():
         shutil.rmtree(run.folder, ignore_errors=True)
-    with progress(plan, quiet) as report:
+    with progress(plan, quiet or not first()) as report:
         while run.step < min(plan.steps, plan.steps if pause is None else pause):
             run.advance()
             report(run)
@@ -102,7 +108,10 @@ class Run:
         self.spec = described(recipe, self.bpe)
         self.sources = list(sources(recipe, texts, self.tokenizer, Marks.of(self.spec)))
         self.batches = Batches(self.sources, [o.share for o in recipe.objectives], recipe.tokens, recipe.seed)
+        self.mesh = mesh_of_all("cpu")
         self.model = initialised(self.spec, recipe.seed)
+        if self.mesh is not None:
+            fully_sharded(self.model, self.mesh)
         self.parameters = dict(self.model.named_parameters())
         self.optimiser = torch.optim.AdamW(
             [
@@ -122,44 +131,58 @@ class Run:
         began = time.perf_counter()
         samples = next(self.batches)
         loss = self.loss(samples)
-        loss.backward()
+        loss.backward()  # gradients are averaged over the processes
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         for group in self.optimiser.param_groups:
             group["lr"] = rate(self.recipe, self.step)
         self.optimiser.step()
         self.optimiser.zero_grad()
-        self.losses.append(loss.item())
+        self.losses.append(summed(loss.detach(), self.mesh).item() / self.ranks)
         if not math.isfinite(self.losses[-1]):
             raise GLMError(f"the loss of step {self.step} is {self.losses[-1]}: lower learning_rate or clip")
         self.step += 1
         self.seen += sum(map(len, samples))
         self.seconds += time.perf_counter() - began
 
+    @property
+    def ranks(self) -> int:
+        """Processes that share the work."""
+        return 1 if self.mesh is None else self.mesh.size()
+
     def loss(self, samples: Sequence[Sample]) -> Tensor:
-        """Mean cross-entropy of the tokens to be written, in nats."""
+        """Mean cross-entropy of the tokens to be written, in nats.
+
+        Of several processes each takes some of the samples; it is the mean over processes of what they return.
+        """
         assert self.spec.pad is not None
-        ids, targets, layout = batch(samples, self.spec.pad)
+        own = samples if self.mesh is None else samples[self.mesh.get_local_rank() :: self.ranks]
+        ids, targets, layout = batch(own or samples[:1], self.spec.pad)
         written = targets != IGNORED
+        weight = 1.0
+        if self.mesh is not None:  # a process without a sample takes part, but does not count
+            everything = sum(target != IGNORED for sample in samples for target in sample.targets)
+            weight = self.ranks * int(written.sum()) / everything if own else 0.0
         with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
             _, states = self.model(ids, layout, hidden=True, last=True)
             logits = self.model.head(states[-1][written])  # only of what is to be written: [N, V]
-        return F.cross_entropy(logits.float(), targets[written])
+        return F.cross_entropy(wide(logits), targets[written]) * weight
 
     # -- interrupted and resumed
 
     def save(self) -> None:
         """Leaves a checkpoint to resume from, complete or not at all, and then removes the earlier ones."""
+        weights = {name: whole(x.detach()) for name, x in self.parameters.items()}
+        moments = {
+            f"{key} {name}": whole(value)
+            for name, x in self.parameters.items()
+            for key, value in self.optimiser.state[x].items()
+        }
+        if not first():
+            return
         earlier = list(self.folder.glob("step-*"))
         with new_folder(self.folder / f"step-{self.step:08d}") as folder:
-            save_file({name: x.detach() for name, x in self.parameters.items()}, folder / "model.safetensors")
-            save_file(
-                {
-                    f"{key} {name}": value
-                    for name, x in self.parameters.items()
-                    for key, value in self.optimiser.state[x].items()
-                },
-                folder / "optimiser.safetensors",
-            )
+            save_file(weights, folder / "model.safetensors")
+            save_file(moments, folder / "optimiser.safetensors")
             state = {key: getattr(self, key) for key in ("step", "seen", "seconds", "losses")}
             state |= {"recipe": self.recipe.fingerprint(), "place": self.batches.place}
             write_object(folder / "state.json", state)
@@ -181,8 +204,8 @@ class Run:
             raise CheckpointError(f"{self.folder}: is of another recipe or text; remove it, or do not resume")
         with torch.no_grad():
             for name, x in self.parameters.items():
-                x.copy_(parameters[name])
-                self.optimiser.state[x] = {key: moments[f"{key} {name}"] for key in MOMENTS}
+                x.copy_(dealt_like(x, parameters[name]))
+                self.optimiser.state[x] = {key: dealt_like(x, moments[f"{key} {name}"]) for key in MOMENTS}
         self.step, self.seen, self.seconds = state["step"], state["seen"], state["seconds"]
         self.losses, self.batches.place = state["losses"], tuple(state["place"])
 
@@ -190,14 +213,23 @@ class Run:
 
     def finish(self, folder: Path) -> None:
         """Writes the checkpoint, examines the model as read back from there, and puts every file in its place."""
+        weights = {name: whole(x.detach()) for name, x in self.parameters.items()}
+        if first():
+            self.write(weights, folder)
+        agreed(None)  # the others wait
+
+    def write(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """What `finish` does, with all weights at hand."""
+        model = GLM(self.spec, device="meta")
+        model.load_state_dict(weights, assign=True)
         result = self.folder / "result"
         shutil.rmtree(result, ignore_errors=True)
-        save_pretrained(self.model, result, generation="chatglm", dtype=torch.float16)
+        save_pretrained(model, result, generation="chatglm", dtype=torch.float16)
         (result / "tokenizer.json").write_text(self.bpe.to_str(pretty=True) + "\n", encoding="utf-8")
         write_object(result / "tokenizer_config.json", TOKENIZER_CONFIG)
         exam = self.examine(GLM.from_pretrained(result, dtype=torch.float32))
-        weights = hashlib.sha256((result / "model.safetensors").read_bytes()).hexdigest()
-        write_object(result / "training.json", self.figures() | {"weights": weights, "exam": exam})
+        written = hashlib.sha256((result / "model.safetensors").read_bytes()).hexdigest()
+        write_object(result / "training.json", self.figures() | {"weights": written, "exam": exam})
         draw(self.losses, result / "loss.png", self.recipe.name)
         for path in result.iterdir():
             os.replace(path, folder / path.name)

@@ -10,7 +10,8 @@ release's own code made of it:
     meta.json                    how they were made, and how far off the reference itself is
 
 Tensors are called `<scenario>.<what>`. A scenario is whatever has `input_ids`; checked is whatever it has of
-`logits`, `hidden.*`, `decode.tokens` with `decode.logits` and `decode.position_ids`, and `generated`. The inputs
+`logits`, `hidden.*`, `decode.tokens` with `decode.logits` and `decode.position_ids`, `generated`, `labels` with
+`loss`, and `logits_tanh_gelu` (the same weights with the other form of GELU). The inputs
 `position_ids` and `attention_mask` are fed as they are; where they are what the release itself makes of the ids,
 they are also left out, and the model has to find them. Padding is fed, but what comes out there is undefined and
 not compared.
@@ -21,11 +22,13 @@ precision no two correct programs agree: there the rms error against float64 may
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from itertools import groupby
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from rich import box
@@ -36,15 +39,23 @@ from torch import Tensor
 
 from glm.cache import Cache
 from glm.errors import CheckpointError
+from glm.experts import RouterModule
 from glm.family import recognise
 from glm.fields import Fields, read_object
 from glm.generation import generate
+from glm.infilling import loss
 from glm.layout import Layout
 from glm.linear import RowScaledLinear
 from glm.model import GLM
+from glm.positions import Rotary
+from glm.spec import Block, Spec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 FLOAT64_RELATIVE = 1e-9
 FLOAT32_ABSOLUTE = 2e-4  # what two correct float32 programs may differ by where logits and states are of size 1 to 10
+FLOAT32_SIZE = 10.0  # where states are larger than that, in proportion
 FLOAT32_NOISES = 10.0  # the same in units of the reference's own float32 error, where that was measured
 HALF_RATIO = 1.5  # errors of two correct half precision programs differ by 10 to 25 %
 HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -275,15 +286,25 @@ def pairs(model: GLM, s: Scenario) -> Iterator[Pair]:
     ids, tokens, device = s.ids.to(model.device), s.tokens.to(model.device), model.device
     cache = model.new_cache(len(ids), ids.shape[1] + tokens.shape[1])
 
-    logits, states = model(ids, s.layout(device), cache, hidden=True)
+    layout = s.layout(device)
+    own = model.layout(ids, None if bool(s.real.all()) else s.real.to(device)) if s.natural else None
+    if layout is not None and own is not None:
+        layout.step = own.step  # how places go on is not among what the reference was given
+    logits, states = model(ids, layout, cache, hidden=True)
     yield s.pair("logits", s.golden.logits, logits)
     for what, state in hidden(s, states):
         yield s.pair("hidden states", what, state)
-    if s.natural:
-        own = model.layout(ids, None if bool(s.real.all()) else s.real.to(device))
+    if own is not None:
         yield s.pair("logits, own layout", s.golden.logits, model(ids, own))
         if s.positions is not None:
             yield s.pair("positions", "position_ids", own.positions)
+    if "labels" in s and not s.golden.half:
+        labels = s.golden.expect(f"{s.name}.labels", *ids.shape, whole=True)
+        yield Pair("loss", "loss", loss(logits.cpu(), labels)[None], s.golden.expect(f"{s.name}.loss", 1))
+    share = hasattr(model.embedding.weight, "full_tensor")  # of a model dealt out, which cannot be built anew
+    if (what := f"{s.golden.logits}_tanh_gelu") in s and not share:
+        other = model_with(replace(model.spec, blocks=tuple(map(with_tanh, model.spec.blocks))), model)
+        yield s.pair("logits, tanh GELU", what, other(ids, layout))
     if tokens.numel():
         yield from decoded(model, s, ids, tokens, cache)
     if "generated" in s:
@@ -302,6 +323,19 @@ def hidden(s: Scenario, states: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
             at = int(number) + 1 if number.isdecimal() else blocks + 1 if where.startswith("final") else 0
             found[at] = f"hidden.{where}"
     return [(found[at], states[at]) for at in sorted(found)]
+
+
+def with_tanh(block: Block) -> Block:
+    """The same block with the tanh form of GELU in place of the exact one."""
+    branches = tuple("gelu_tanh" if name == "gelu" else name for name in block.feed_forward.branches)
+    return replace(block, feed_forward=replace(block.feed_forward, branches=branches))
+
+
+def model_with(spec: Spec, model: GLM) -> GLM:
+    """A model of another spec with the very parameters of this one."""
+    other = GLM(spec, device="meta", dtype=model.dtype)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other.train(False)
 
 
 def decoded(model: GLM, s: Scenario, ids: Tensor, tokens: Tensor, cache: Cache) -> Iterator[Pair]:
@@ -336,7 +370,9 @@ def greedy(model: GLM, s: Scenario, ids: Tensor) -> Pair:
         while len(new) < count:
             new.append(model(new[-1], cache=cache).argmax(-1))
         ours = [until(row, model.spec.stop) for row in torch.cat(new, dim=1).tolist()]
-    stop = Fields(s.golden.config, "config.json").ids("eos_token_id")
+    config = s.golden.config
+    own = recognise(config).spec(config, s.golden.folder.name)
+    stop = Fields(config, "config.json").ids("eos_token_id") or own.stop
     theirs = [until(row, stop) for row in generated.tolist()]
     filled = [torch.tensor([row + [-1] * (count - len(row)) for row in rows]) for rows in (ours, theirs)]
     return Pair("greedy", "generated", *filled)
@@ -367,6 +403,7 @@ def model_pairs(model: GLM, golden: Golden) -> Iterator[Pair]:
         ours = ours.permute(0, 1, 4, 2, 3, 5)
         yield Pair("learned prefix", name, ours.cpu(), golden.expect(name, *ours.shape))
     if (name := "rotary.inv_freq") in golden.tensors:
+        assert isinstance(model.spec.rotary, Rotary)
         ours = model.spec.rotary.frequencies(model.spec.rotary.widths[0])
         yield Pair("rotary frequencies", name, ours, golden.expect(name, *ours.shape))
 
@@ -380,29 +417,36 @@ def verify(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
     tolerance: float | None = None,
+    mesh: "DeviceMesh | None" = None,
 ) -> Report:
     """Load the model in `folder` and hold it to the reference outputs that lie there.
 
     tolerance  for logits, relative to their rms; in half precision for the rms error as a multiple of the
                reference's. None is what the head of this file says. Hidden states, of which there are only
                float32 references, keep the float32 tolerance, and ids and positions must be equal.
+    mesh       deals the model out to the mesh's ranks, all of which call this; what the reference holds of the
+               weights themselves is then left to a run with one process.
 
     Raises CheckpointError for a folder that is not in the golden format or has no reference for `dtype`.
     """
     golden = Golden(folder, dtype)
-    model = GLM.from_pretrained(folder, dtype=dtype, device=device)
-    rows = tuple(check(model, golden, tolerance))
+    model = GLM.from_pretrained(folder, dtype=dtype, device=device, mesh=mesh)
+    rows = tuple(check(model, golden, tolerance, whole=mesh is None))
     return Report(golden.folder, recognise(golden.config).name, dtype, rows)
 
 
-def check(model: GLM, golden: Golden, tolerance: float | None = None) -> Iterator[Row]:
-    """The rows of a report, each as soon as it is known. `model` is what the golden's folder holds, in its dtype."""
+def check(model: GLM, golden: Golden, tolerance: float | None = None, whole: bool = True) -> Iterator[Row]:
+    """The rows of a report, each as soon as it is known. `model` is what the golden's folder holds, in its dtype.
+
+    A model that is not `whole` is a rank's share of it.
+    """
     if golden.half:
         yield from half_rows(model, golden, HALF_RATIO if tolerance is None else tolerance)
         return
     for scenario in golden.scenarios:
         yield from exact_rows(scenario.name, pairs(model, scenario), golden, tolerance)
-    yield from exact_rows("the model itself", model_pairs(model, golden), golden, tolerance)
+    if whole:
+        yield from exact_rows("the model itself", model_pairs(model, golden), golden, tolerance)
 
 
 def exact_rows(scenario: str, found: Iterator[Pair], golden: Golden, tolerance: float | None) -> Iterator[Row]:
@@ -444,8 +488,8 @@ def allowed(pair: Pair, golden: Golden, tolerance: float | None) -> tuple[float,
     if not pair.expected.is_floating_point() or pair.quantity in ("dequantised weights", "rotary frequencies"):
         return 0.0, 0.0
     noises = math.inf if golden.noise is None else FLOAT32_NOISES * golden.noise
-    if "logits" not in pair.quantity:
-        return FLOAT32_ABSOLUTE, noises
+    if "logits" not in pair.quantity and pair.quantity != "loss":
+        return FLOAT32_ABSOLUTE * max(1.0, rms(pair.expected) / FLOAT32_SIZE), noises
     if tolerance is not None:
         return math.inf, tolerance
     if golden.dtype == pair.expected.dtype == torch.float64:
@@ -456,25 +500,61 @@ def allowed(pair: Pair, golden: Golden, tolerance: float | None) -> tuple[float,
 def half_rows(model: GLM, golden: Golden, most: float) -> Iterator[Row]:
     """Rows in half precision: the rms error of each tensor and of all together, beside the reference's own.
 
-    All together is what is judged; a tensor alone, a few hundred numbers, may be twice as far off.
+    All together is what is judged; a tensor alone, a few hundred numbers, may be twice as far off. Where rounding made
+    a router choose another expert than in float64, that token and all that see it are another computation: it is
+    reported, and the tensors of that scenario are judged only together with the others.
     """
     reference = reference_errors(golden)
     count, squares, reference_squares = 0, 0.0, 0.0
     for scenario in golden.scenarios:
-        for pair in pairs(model, scenario):
+        chosen: list[Tensor] = []
+        with recorded(model, chosen):
+            found = list(pairs(model, scenario))
+        changed = rechosen(model, scenario, chosen)
+        if chosen:
+            yield Row(scenario.name, "experts chosen otherwise", changed, changed / sum(map(len, chosen)), ok=True)
+        for pair in found:
             if not pair.expected.is_floating_point():
                 wrong, fraction = distance(pair)
                 yield Row(scenario.name, pair.quantity, wrong, fraction, ok=wrong == 0)
                 continue
             name = f"{scenario.name}.{pair.name.removesuffix(f'_float64_of_{golden.half}_weights')}"
             error, theirs = rms(pair.ours.double() - pair.expected), reference[name]
-            yield Row(scenario.name, pair.quantity, error, error / theirs, ok=error <= 2 * most * theirs)
+            over = error > 2 * most * theirs and not changed
+            yield Row(scenario.name, pair.quantity, error, error / theirs, ok=not over)
             if pair.quantity in ("logits", "decode logits"):
                 count += pair.ours.numel()
                 squares += error**2 * pair.ours.numel()
                 reference_squares += theirs**2 * pair.ours.numel()
     ratio = math.sqrt(squares / reference_squares)
     yield Row("all scenarios", "all logits", math.sqrt(squares / count), ratio, ok=ratio <= most)
+
+
+@contextmanager
+def recorded(model: GLM, chosen: list[Tensor]) -> Iterator[None]:
+    """Puts which experts each token of a router was sent to into `chosen`, [N, k] a call, in ascending order."""
+    routers = [module for module in model.modules() if isinstance(module, RouterModule)]
+    hooks = [
+        router.register_forward_hook(lambda _, __, out: chosen.append(out[0].sort(-1).values.cpu()))
+        for router in routers
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def rechosen(model: GLM, scenario: "Scenario", chosen: list[Tensor]) -> int:
+    """For how many tokens a half precision model chose other experts than its weights choose in float64."""
+    if not chosen:
+        return 0
+    exact: list[Tensor] = []
+    twin = deepcopy(model).double()
+    with recorded(twin, exact):
+        for _ in pairs(twin, scenario):
+            pass
+    return sum(int((a != b).any(-1).sum()) for a, b in zip(chosen, exact, strict=True))
 
 
 def reference_errors(golden: Golden) -> dict[str, float]:

@@ -1,11 +1,12 @@
-"""The three kinds of vocabulary file: text to ids, ids to bytes, bytes to text as they arrive.
+"""The kinds of vocabulary file: text to ids, ids to bytes, bytes to text as they arrive.
 
-SentencePiece models (ChatGLM-6B, ChatGLM2, ChatGLM3), tiktoken's list of ranks (GLM-4-9B) and byte-level
-tokenizer.json files (the `-hf`, 0414 and edge releases, tiny-glm). None of them looks for special tokens in a text.
+SentencePiece models, tiktoken's list of ranks, byte-level pairs (a tokenizer.json, or GPT-2's vocab.json with its
+merges.txt) and BERT's list of words and their endings. None of them looks for special tokens in a text.
 """
 
 import base64
 import codecs
+import json
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -109,7 +110,7 @@ class SentencePiece(Vocabulary):
         self._once = self._model.decode_pieces(["▁", "▁", "a"]) == " a"
 
     def __len__(self) -> int:
-        return len(self._model) + len(self._added) + self._shift
+        return max([len(self._model) - 1, *self._added]) + 1 + self._shift
 
     def encode(self, text: str, start: bool) -> list[int]:
         """The ids of a text; one that continues another goes without the space SentencePiece puts in front."""
@@ -245,6 +246,110 @@ class ByteLevel(Vocabulary):
             written = self._bpe.id_to_token(id) if id < self._size else None
             self._spelled[id] = bytes(BYTES[sign] for sign in written or "")
         return self._spelled[id]
+
+
+def merged(vocabulary: bytes, merges: bytes, added: Mapping[str, int]) -> bytes:
+    """GPT-2's vocab.json and merges.txt, with `added` tokens behind (or among) them, as a tokenizer.json.
+
+    TokenizerError where the added tokens do not continue the vocabulary.
+    """
+    lines = [line for line in merges.decode().splitlines() if line and not line.startswith("#version")]
+    pairs = [(left, right) for left, right in map(str.split, lines)]
+    ids = json.loads(vocabulary)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=pairs))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    _behind(len(ids), {name: id for name, id in added.items() if name not in ids})
+    order = sorted(added, key=added.__getitem__)
+    bpe.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in order])
+    if wrong := [name for name in order if bpe.token_to_id(name) != added[name]]:
+        raise TokenizerError(f"the token {wrong[0]} is not where it should be; download vocab.json again")
+    return bpe.to_str().encode()
+
+
+class WordPieces(Vocabulary):
+    """BERT's vocab.txt: words and, behind `##`, their endings, in lower case; `added` tokens behind its end.
+
+    (Devlin et al. 2019, arXiv:1810.04805.) White space and accents are lost: decoding sets words apart by a space.
+    """
+
+    def __init__(self, lines: str, added: Mapping[str, int]) -> None:
+        self._pieces = lines.splitlines()
+        ids = {piece: id for id, piece in enumerate(self._pieces)}
+        self._names = _behind(len(ids), {name: id for name, id in added.items() if name not in ids})
+        if wrong := [name for name, id in added.items() if ids.get(name, id) != id]:
+            raise TokenizerError(f"the token {wrong[0]} is not where it should be; download vocab.txt again")
+        self.special = dict(added)
+        self._model = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token="[UNK]"))
+        self._model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+        self._model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+
+    def __len__(self) -> int:
+        return len(self._pieces) + len(self._names)
+
+    def encode(self, text: str, start: bool) -> list[int]:
+        """The ids of a text, whether it continues another or not."""
+        return self._model.encode(text).ids
+
+    def spell(self, id: int) -> bytes:
+        """An id's bytes, with the space before a word, of which there is none before a sign that closes one."""
+        piece = self.piece(id)
+        space = "" if piece in (".", "?", "!", ",", "") else " "
+        return (piece[2:] if piece.startswith("##") else space + piece).encode()
+
+    def piece(self, id: int) -> str:
+        """The piece as the file has it, `##` before an ending."""
+        return self._pieces[id] if id < len(self._pieces) else self._names.get(id, "")
+
+    def stream(self, unseen: frozenset[int]) -> Stream:
+        """A decoder that leaves out the ids in `unseen`, and the space before the first word."""
+        words = super().stream(unseen)
+        return Begun(words)
+
+
+class Begun(Stream):
+    """Another stream without the space it may begin with."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream, self._begun = stream, False
+
+    def put(self, id: int) -> str:
+        """The text that `id` completes."""
+        text = self._stream.put(id)
+        if self._begun or not text:
+            return text
+        self._begun = True
+        return text.removeprefix(" ")
+
+    def end(self) -> str:
+        """What is left."""
+        return self._stream.end()
+
+
+class Apart(Stream):
+    """Another stream in which special tokens, the ids `apart`, have a space between them and what is beside them."""
+
+    def __init__(self, stream: Stream, apart: frozenset[int]) -> None:
+        self._stream, self._apart = stream, apart
+        self._begun = self._owed = False
+
+    def put(self, id: int) -> str:
+        """The text that `id` completes."""
+        special = index(id) in self._apart
+        unfinished = self._stream.end() if special else ""
+        return self._beside(unfinished, False) + self._beside(self._stream.put(id), special)
+
+    def _beside(self, text: str, special: bool) -> str:
+        """`text` with the space that belongs before it."""
+        if not text:
+            return ""
+        space = " " if self._begun and (special or self._owed) else ""
+        self._begun, self._owed = True, special
+        return space + text
+
+    def end(self) -> str:
+        """What is left."""
+        return self._stream.end()
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -29,7 +29,10 @@ from glm.talk import Talk
 from glm.tokenizer import Tokenizer
 
 PROJECT = Path(__file__).parents[1]
-COMMANDS = ["chat", "complete", "infill", "info", "releases", "tokenize", "verify", "convert", "synthesize", "train"]
+COMMANDS = [
+    *("chat", "complete", "infill", "info", "releases", "diff", "tokenize", "verify"),
+    *("convert", "quantize", "accuracy", "synthesize", "train"),
+]
 TINY = PROJECT / "weights" / "tiny-glm"
 SPECIAL = ("<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
 
@@ -145,6 +148,12 @@ MISTAKES = {
     "convert SMALL SMALL": (1, "already exists"),
     "convert SMALL /tmp/never --dtype int3": (2, "'int3' is not one of float64"),
     "convert SMALL /tmp/never --dtype float64": (1, "'float64'"),
+    "quantize SMALL /tmp/never --weights int3": (2, "'int3' is not one of int4, int8"),
+    "quantize SMALL /tmp/never --group 7": (2, "'7' is no group: take 32, 64, 128 or row"),
+    "quantize SMALL /tmp/never --group 128": (1, "groups of 128 do not divide the 32 columns"),
+    "quantize SMALL /tmp/never --method gptq": (1, "takes calibration text"),
+    "quantize SMALL /tmp/never --group 32 --calibration /tmp/no.txt": (1, "cannot be read as UTF-8 text"),
+    "accuracy SMALL --text /tmp/no.txt": (1, "cannot be read as UTF-8 text"),
     "synthesize chatglm9-6b --out /tmp/never": (1, "no release is called 'chatglm9-6b'"),
     "train /nowhere.toml": (1, "/nowhere.toml"),
     "sing": (2, "try `glm --help`"),
@@ -450,9 +459,9 @@ def test_info_has_all_its_numbers_in_a_pipe(run: Run) -> None:
 def test_tables_in_a_pipe_are_whole(width: str) -> None:
     ran = process("releases", COLUMNS=width)
     lines = ran.out.splitlines()
-    assert [line.split()[0] for line in lines] == ["release", *glm.releases()]
+    assert [line.split()[0] for line in lines] == ["release", "10⁹", *glm.releases()]
     assert next(line.split() for line in lines if line.startswith("glm-z1-rumination")) == [
-        "glm-z1-rumination-32b-0414", "2025", "33,141,749,760", "61.7", "GiB", "249,856", "B", "131,072"
+        "glm-z1-rumination-32b-0414", "2025", "33.1", "66.3", "19.9", "244", "128k", "80", "24"
     ]  # fmt: skip
     assert not re.search("…|\x1b| $", ran.out, re.MULTILINE)
     assert max(map(len, lines)) <= 80, "and fit into a terminal"
@@ -490,6 +499,40 @@ def test_convert_writes_a_checkpoint(run: Run, small: str, tmp_path: Path) -> No
     for dtype in ("bfloat16", "bf16"):
         assert run("convert", small, str(tmp_path / dtype), "--dtype", dtype).status == 0
         assert "bfloat16" in (tmp_path / dtype / "config.json").read_text()
+
+
+def test_quantize_writes_a_checkpoint_that_talks(run: Run, small: str, tmp_path: Path) -> None:
+    said = tmp_path / "said.jsonl"
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "goodbye"}]
+    said.write_text(json.dumps({"messages": messages}) + "\n")
+    ways = {
+        "plain": (),
+        "rows": ("--weights", "int8", "--group", "row", "--asymmetric", "--method", "nearest", "--head"),
+        "text": ("--group", "32", "--calibration", str(said)),
+    }
+    for name, options in ways.items():
+        done = run("quantize", small, str(tmp_path / name), *(options or ("--group", "32")))
+        assert (done.status, done.out, done.err) == (0, "", f"{tmp_path / name} is written\n")
+        assert run("chat", str(tmp_path / name), typed="hello\n").status == 0
+        assert "grouped" in run("info", str(tmp_path / name)).out.lower()
+
+
+def test_accuracy_of_text_and_of_random_ids(run: Run, small: str, tmp_path: Path) -> None:
+    book, out = tmp_path / "book.txt", tmp_path / "out.json"
+    book.write_text("Call me Ishmael. " * 20)
+    asked = ("--weights", "int8,int4", "--group", "32,row", "--length", "64", "--texts", "3")
+    by_text = run("accuracy", small, "--text", str(book), "--calibration", str(book), *asked, "--out", str(out))
+    assert by_text.status == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == len(by_text.out.splitlines()) - 1 == 2 + 2 * 2 * 3
+    assert [row["weights"] for row in rows[:3]] == ["as stored", "bf16", "int8"]
+    assert all(len(row["layers"]) == 2 for row in rows)
+    assert (rows[0]["KL"], rows[0]["agreement"]) == (0.0, 1.0)
+    assert max(row["KL"] for row in rows if row["weights"] == "int8") < min(
+        row["KL"] for row in rows if row["weights"] == "int4"
+    )
+    at_random = run("accuracy", small, *asked, "--asymmetric")
+    assert len(at_random.out.splitlines()) - 1 == 2 + 2 * 2 * 2 * 3
 
 
 def test_synthesize_writes_a_checkpoint(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from glm.model import GLM
 from glm.norms import LayerNorm, Norm, RMSNorm, wide
 from glm.positions import Plain, Rotary
 from glm.prefix import Prefix
-from glm.residual import Pre, Sandwich, Scaled, Wiring
+from glm.residual import Deep, Pre, Sandwich, Scaled, Wiring
 from glm.spec import Block, Spec, leaves
 
 steady = settings(derandomize=True, deadline=None, max_examples=40)
@@ -86,12 +86,14 @@ def wired(wiring: Wiring, norm: Norm = NORM, seed: int = 0) -> nn.Module:
     return filled(wiring.build(norm, D), seed)
 
 
-def test_the_three_equations() -> None:
+def test_the_equations() -> None:
     x, f = noise(2, 3, D), torch.sin
     pre, sandwich, scaled = wired(Pre()), wired(Sandwich()), wired(Scaled(1.7))
     assert same(pre(x, f), x + f(pre.before(x)))
     assert same(sandwich(x, f), x + sandwich.after(f(sandwich.before(x))))
     assert same(scaled(x, f), 1.7 * scaled.before(x) + f(scaled.before(x)))
+    deep = wired(Deep(1.7))
+    assert same(deep(x, f), deep.after(1.7 * x + f(x)))
     assert not same(sandwich.before(x), sandwich.after(x))
 
 
@@ -100,14 +102,18 @@ def test_scaled_is_deep_norm_cut_one_norm_earlier() -> None:
     blocks = [wired(Scaled(alpha), LayerNorm(1e-5), seed=i) for i in range(len(sublayers))]
     final = filled(LayerNorm(1e-5).build(D), seed=9)
 
+    chain = [wired(Deep(alpha), LayerNorm(1e-5)) for _ in sublayers]
+    for deep, norm in zip(chain, [*(block.before for block in blocks[1:]), final], strict=True):
+        deep.after = norm  # each norm one place earlier
+
     y = noise(2, 3, D, seed=5)
-    deep = blocks[0].before(y)  # DeepNorm's stream is always normalised: x <- n(αx + f(x))
-    for f, norm in zip(sublayers, [*(block.before for block in blocks[1:]), final], strict=True):
-        deep = norm(alpha * deep + f(deep))
+    x = blocks[0].before(y)  # DeepNorm's stream is always normalised
+    for deep, f in zip(chain, sublayers, strict=True):
+        x = deep(x, f)
 
     for block, f in zip(blocks, sublayers, strict=True):
         y = block(y, f)
-    assert same(final(y), deep)
+    assert same(final(y), x)
 
 
 # ----------------------------------------------------------------------------- feed-forward
@@ -248,7 +254,7 @@ def test_attention_takes_its_rows_in_the_order_q_k_v() -> None:
     rows = (x @ module.qkv.weight.T + module.qkv.bias).view(1, 3, 4, 4).transpose(1, 2)  # heads q0 q1 k v
     y = by_hand(rows[:, :2], rows[:, 2:3], rows[:, 3:], torch.ones(1, 3, 3, dtype=torch.bool).tril())
     expected = y.transpose(1, 2).flatten(2) @ module.out.weight.T + module.out.bias
-    assert same(module(x, rotation, Mask(None, causal=True), Passing(None)), expected)
+    assert same(module(x, rotation, Mask(None, causal=True), Passing(None, {})), expected)
     assert spec.remembers == ((1, 4), (1, 4))
 
 
@@ -334,7 +340,7 @@ def test_cache_memory() -> None:
 
 def test_prefix_slices() -> None:
     layers, groups, K, p = 3, 2, 4, 5
-    module = Prefix(p, None).build(layers, groups, K)
+    module = Prefix(p, None).build(layers, ((groups, K), (groups, K)))
     module.embedding.weight.data = torch.arange(float(p * layers * 2 * groups * K)).view(p, -1)
     whole = module.embedding.weight.view(p, 2 * layers, groups, K)
     for i, (k, v) in enumerate(module()):  # layer i has slices 2i and 2i + 1
@@ -343,7 +349,7 @@ def test_prefix_slices() -> None:
 
 
 def test_projected_prefix() -> None:
-    module = filled(Prefix(5, (7, 8)).build(3, 2, 4))
+    module = filled(Prefix(5, (7, 8)).build(3, ((2, 4), (2, 4))))
     first, _, last = module.project
     rows = torch.tanh(module.embedding.weight @ first.weight.T + first.bias) @ last.weight.T + last.bias
     assert module.embedding.weight.shape == (5, 7)
@@ -368,7 +374,7 @@ def test_a_prefix_is_keys_and_values_that_everybody_sees() -> None:
     visible = torch.cat((torch.ones(6, 3), torch.ones(6, 6).tril()), dim=1).bool()
     block, layout = bare.blocks[0], bare.layout(IDS)
     rotation = bare.spec.rotary.rotation(layout.positions, torch.float64)
-    x = block(bare.embedding(IDS), rotation, Mask(visible[None, None], causal=False), Before(None))
+    x = block(bare.embedding(IDS), rotation, Mask(visible[None, None], causal=False), Before(None, {}))
     assert same(bare.head(bare.final_norm(x)), model(IDS))
     assert len(seen) == 1
 
@@ -391,8 +397,8 @@ def test_leaves_are_every_field() -> None:
     assert found["prefix.length"] == 3
     assert found["rotary.scaling"] == Plain()
     assert found["stop"] == (1,)
-    blocks = 2 * (1 + 2 + 5 + 3)  # wiring, norm, mixer, feed-forward
-    assert len(found) == 3 + 1 + 5 + blocks + 2 + 1 + 2 + 1 + 2  # in the order of the fields of Spec
+    blocks = 2 * (1 + 2 + 6 + 3)  # wiring, norm, mixer, feed-forward
+    assert len(found) == 3 + 1 + 5 + blocks + 2 + 1 + 2 + 1 + 2 + 1 + 1  # in the order of the fields of Spec
 
 
 def test_a_spec_prints_itself_with_equal_blocks_once() -> None:

@@ -15,6 +15,7 @@ from glm import info, memory
 from glm.checkpoint import Checkpoint
 from glm.errors import CheckpointError, GLMError, MemoryFitError
 from glm.family import release, releases
+from glm.grouped import Grouped
 from glm.linear import RowScaled
 from glm.memory import Found, size
 from glm.model import GLM
@@ -34,6 +35,10 @@ def spec_of(folder: Path):
 @pytest.mark.parametrize(
     ("name", "count"),
     {
+        "glm-base": 109_338_624,
+        "glm-large": 334_688_256,
+        "glm-10b": 9_880_682_496,
+        "glm-130b": 128_697_794_560,
         "chatglm-6b": 6_707_929_088,
         "chatglm-6b-int4": 6_707_929_088,
         "chatglm2-6b": 6_243_584_000,
@@ -48,6 +53,19 @@ def spec_of(folder: Path):
 )
 def test_parameters_are_the_published_ones(name: str, count: int) -> None:
     assert info.parameters(release(name).spec) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active"),  # as the releases are called, which is without the embedding or with it
+    [("glm-4.5", 355, 32), ("glm-4.5-air", 106, 12), ("glm-4.7-flash", 30, 3), ("glm-5", 744, 40)],
+)
+def test_active_parameters_are_about_the_published_ones(name: str, billions: int, active: int) -> None:
+    spec = release(name).spec
+    embedding = spec.vocabulary * spec.width
+    assert info.parameters(spec) == pytest.approx(billions * 1e9, rel=0.01)
+    assert info.active_parameters(spec) - 2 * embedding <= (active + 1) * 1e9
+    assert info.active_parameters(spec) >= active * 1e9
+    assert info.active_parameters(release("chatglm3-6b").spec) == 6_243_584_000
 
 
 def test_bytes_are_those_of_published_indices() -> None:
@@ -66,15 +84,28 @@ def test_integer_weights_take_their_bits_and_one_scale_a_row(bits: int) -> None:
     assert integer == info.weight_bytes(dense, torch.float16) - saved
 
 
+@pytest.mark.parametrize(("group", "groups"), [(128, 32), (None, 1)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_take_a_scale_each_and_possibly_a_zero_point(group: int | None, groups: int, symmetric: bool) -> None:
+    dense = replace(release("glm-4-9b-0414").spec, blocks=release("glm-4-9b-0414").spec.blocks[:1])
+    D, F, QKV = 4096, 13696, (32 + 2 * 2) * 128
+    matrices = QKV * D + D * D + 2 * F * D + D * F
+    scales = (QKV + D + 2 * F) * groups + D * (groups * F // D if group else 1)
+    saved = 2 * matrices - matrices // 2 - scales * (2 if symmetric else 3)
+    integer = replace(dense, weights=Grouped(4, group, symmetric))
+    assert info.weight_bytes(integer, torch.bfloat16) == info.weight_bytes(dense, torch.bfloat16) - saved
+    one = info.working_bytes(integer, torch.bfloat16, 1) - info.working_bytes(dense, torch.bfloat16, 1)
+    assert one == max(0, (2 + 2 * 2) * 2 * F * D - 2 * dense.vocabulary * D)  # the largest matrix, written out
+
+
 @pytest.mark.parametrize("folder", HERE, ids=lambda folder: folder.name)
 def test_bytes_of_a_checkpoint_are_those_in_its_files(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     generation, spec = described(checkpoint, folder.name)
     with safe_open(folder / "model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    ours = [
-        x for name, x in tensors.items() if not any(re.fullmatch(pattern, name) for pattern in generation.ignorable)
-    ]
+    unused = generation.unused(spec)
+    ours = [x for name, x in tensors.items() if not any(re.fullmatch(pattern, name) for pattern in unused)]
     in_float32 = sum(x.numel() * (4 if x.is_floating_point() else x.element_size()) for x in ours)
     assert info.weight_bytes(spec, torch.float32) == in_float32
 
@@ -139,7 +170,7 @@ def test_require_fit_is_exact_and_says_the_numbers(monkeypatch: pytest.MonkeyPat
     with_memory(monkeypatch, needed)
     info.require_fit(spec, torch.bfloat16, "cpu", 8192)
     with_memory(monkeypatch, needed - 1)
-    with pytest.raises(MemoryFitError, match=r"needs 12\.7 GiB .*11\.6 GiB of weights.*224\.0 MiB .* 8,192 tokens"):
+    with pytest.raises(MemoryFitError, match=r"needs 12\.2 GiB .*11\.6 GiB of weights.*224\.0 MiB .* 8,192 tokens"):
         info.require_fit(spec, torch.bfloat16, "cpu", 8192)
     info.require_fit(spec, torch.bfloat16, "cpu")  # fewer tokens when nobody says how many
     with_memory(monkeypatch, None)

@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glm.errors import LayoutError
-from glm.layout import EVERYTHING, Blank, Causal, Layout, Mask
+from glm.layout import EVERYTHING, Blank, Causal, InTurn, Layout, Mask
 
 steady = settings(derandomize=True, deadline=None, max_examples=60)
 
 SOP, MASK, GMASK = 90, 80, 81
 CHATGLM = Blank(sop=SOP, masks=(GMASK, MASK), axes=2, fixed=(GMASK, MASK))
+FIRST = InTurn(sop=SOP, masks=(MASK, GMASK), axes=2, fixed=(MASK, GMASK))
 ONE_AXIS = Blank(sop=SOP, masks=(MASK, GMASK), axes=1, fixed=(MASK,))
 
 
@@ -228,3 +229,55 @@ def test_a_text_that_is_still_being_read_cannot_go_on() -> None:
 def test_axes_must_agree() -> None:
     with pytest.raises(LayoutError, match="1 axes"):
         CHATGLM.following(Layout.causal(1, 3), 1)
+
+
+# ----------------------------------------------------------------------------- blanks filled in turn
+
+
+def test_blanks_of_any_kind_are_filled_from_left_to_right() -> None:
+    ids = torch.tensor([[1, GMASK, 2, MASK, 3, SOP, 4, 5, SOP, 6]])
+    layout = FIRST.read(ids)
+    assert layout.positions[0, :, 0].tolist() == [0, 1, 2, 3, 4, 1, 1, 1, 3, 3]
+    assert layout.positions[0, :, 1].tolist() == [0, 0, 0, 0, 0, 1, 2, 3, 1, 2]
+    assert torch.equal(layout.visible[0], Layout.blanks(5, [(1, 3), (3, 2)]).visible[0])
+    assert FIRST.following(layout, 2).positions[0].tolist() == [[3, 3], [3, 4]]
+
+
+def test_the_rules_differ_where_a_row_has_two_blanks_or_none() -> None:
+    two = torch.tensor([[1, MASK, 2, GMASK, SOP, 3]])
+    assert CHATGLM.read(two).positions[0, 4:, 0].tolist() == [3, 3]  # the kind decides
+    assert FIRST.read(two).positions[0, 4:, 0].tolist() == [1, 1]  # the place does
+    assert ONE_AXIS.read(two).positions[0, 4:, 0].tolist() == [1, 1]
+    other = Blank(sop=SOP, masks=(GMASK, MASK), axes=1, fixed=(MASK,))
+    assert other.read(two).positions[0, 4:, 0].tolist() == [4, 5]
+    none = torch.tensor([[1, 2, 3]])
+    assert torch.equal(FIRST.read(none).visible, Layout.causal(1, 3).visible)
+    assert bool(CHATGLM.read(none).visible.all())
+    assert FIRST.read(none).positions[0].tolist() == [[0, 0], [1, 0], [2, 0]]
+    assert FIRST.following(FIRST.read(none), 2).positions[0].tolist() == [[3, 0], [4, 0]]
+
+
+def test_in_turn_on_one_axis_and_places_that_go_on() -> None:
+    rule = InTurn(sop=SOP, masks=(MASK, GMASK), axes=1, fixed=(MASK,))
+    layout = rule.read(torch.tensor([[1, MASK, GMASK, SOP, 4, SOP, 5]]))
+    assert layout.positions[0, :, 0].tolist() == [0, 1, 2, 1, 1, 5, 6]
+    assert rule.following(layout, 1).positions[0].tolist() == [[7]]
+
+
+def test_in_turn_with_padding() -> None:
+    row = [1, MASK, 2, MASK, SOP, 4, SOP, 5]
+    alone = FIRST.read(torch.tensor([row]))
+    for pads in ([0, 0, *[1] * 8], [*[1] * 4, 0, 0, *[1] * 4]):
+        real = torch.tensor([pads]).bool()
+        ids = torch.zeros(1, 10, dtype=torch.long)
+        ids[real] = torch.tensor(row)
+        layout = FIRST.read(ids, real)
+        assert torch.equal(layout.positions[real], alone.positions[0])
+        assert torch.equal(layout.visible[0][real[0]][:, real[0]], alone.visible[0])
+        assert not bool(layout.visible[0][real[0]][:, ~real[0]].any())
+
+
+def test_more_start_tokens_than_blanks() -> None:
+    for row in ([1, SOP], [1, MASK, SOP, 2, SOP], [1, SOP, MASK]):
+        with pytest.raises(LayoutError, match="start tokens 90 but"):
+            FIRST.read(torch.tensor([row]))

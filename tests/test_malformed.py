@@ -162,6 +162,7 @@ def test_any_edit_of_the_header(good: dict[str, Tensor], data: st.DataObject) ->
 def test_any_value_in_the_config(good: dict[str, Tensor], data: st.DataObject) -> None:
     config = json.loads((BASE / "config.json").read_text())
     fields = [*config, "rope_ratio", "quantization_bit", "pre_seq_len", "prefix_projection", "inner_hidden_size"]
+    fields.append("quantization_config")
     for name in data.draw(st.lists(st.sampled_from(fields), min_size=1, max_size=3)):
         config[name] = data.draw(anything)
     with changed() as folder:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glm.errors import LayoutError
-from glm.positions import PAIRINGS, Interpolation, Plain, Rotary, Yarn
+from glm.positions import PAIRINGS, Interpolation, Learned, Plain, Rotary, Unturned, Yarn
 
 steady = settings(derandomize=True, deadline=None, max_examples=40)
 WIDTHS = [(8,), (4,), (2,), (4, 4), (4, 2)]
@@ -150,3 +150,29 @@ def test_axes_must_agree() -> None:
         rotary((4, 4)).rotation(torch.zeros(1, 3, 1, dtype=torch.long), torch.float32)
     with pytest.raises(LayoutError, match="2 axes"):
         rotary((8,)).rotation(torch.zeros(1, 3, 2, dtype=torch.long), torch.float32)
+
+
+# ----------------------------------------------------------------------------- learned tables
+
+
+def test_learned_positions_are_a_sum_of_rows() -> None:
+    module = Learned(5, 2).build(3)
+    for table in module.tables:
+        torch.nn.init.normal_(table.weight)
+    places = torch.tensor([[[0, 4], [3, 1]]])
+    first, second = (table.weight for table in module.tables)
+    assert torch.equal(module(places), torch.stack((first[0] + second[4], first[3] + second[1]))[None])
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [([[5, 0]], "position 5 is none of the 5"), ([[0, -1]], "position -1"), ([[0]], "1 axes, but the model has 2")],
+)
+def test_a_position_that_was_not_learnt(places: list[list[int]], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        Learned(5, 2).build(3)(torch.tensor([places]))
+
+
+def test_unturned_leaves_every_head_alone() -> None:
+    x = torch.randn(2, 3, 4, 8)
+    assert Unturned().rotation(torch.zeros(2, 3, 2, dtype=torch.long), x.dtype)(x) is x

@@ -41,7 +41,7 @@ def test_all_goldens(folder: Path | None) -> None:
 
 
 def test_the_lean_copy_is_lean() -> None:
-    assert sum(path.stat().st_size for path in GOLDENS.rglob("*") if path.is_file()) <= 8_000_000
+    assert sum(path.stat().st_size for path in GOLDENS.rglob("*") if path.is_file()) <= 12_000_000
 
 
 def test_everything_is_compared() -> None:

@@ -1,4 +1,4 @@
-"""Copy golden folders into tests/goldens, leaving out what adds nothing, to stay below 8 MB.
+"""Copy golden folders into tests/goldens, leaving out what adds nothing, to stay below 12 MB.
 
     python tests/trim_goldens.py ../shared/goldens [CASE…]
 
@@ -18,20 +18,24 @@ from shutil import copyfile, rmtree
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-DENSE = ("chatglm1-", "chatglm2-", "chatglm3-", "glm4-9b-", "hf_glm-", "hf_glm4-")
+DENSE = ("glm10b-", "glm130b-", "chatglm1-", "chatglm2-", "chatglm3-", "glm4-9b-", "hf_glm-", "hf_glm4-")
+EXPERTS = ("hf_glm4_moe-", "hf_glm4_moe_lite-", "hf_glm_moe_dsa-")
 EXPENDABLE = (
     "chatglm2-base",  # as chatglm3-base
     "chatglm2-int8",  # names as chatglm2-int4, bits as chatglm1-int8
     "chatglm3-32k-rope_base",  # as glm4-9b-chatglm_format
+    "hf_glm4_moe-qknorm",  # as hf_glm4_moe-sensitive
+    "hf_glm4_moe_lite-mla",  # as hf_glm4_moe_lite-sensitive
 )
 SPARE = {  # scenarios by the beginning of the case's name
     "chatglm1-base": ("mask_with_target", "gmask_with_target"),  # in chatglm1-sensitive
     "chatglm1-ptuning": ("batch",),
+    "glm10b-sensitive": ("right_pad",),
     "chatglm2": ("batch", "gapped_positions"),
     "chatglm3": ("batch",),
     "glm4-9b": ("batch", "gapped_positions"),
 }
-INPUTS = ("input_ids", "position_ids", "attention_mask", "tokens", "generated")
+INPUTS = ("input_ids", "position_ids", "attention_mask", "tokens", "generated", "labels", ".loss")
 OTHERS = ("dequantised.", "rotary.inv_freq", "prefix.past_key_values")
 
 
@@ -56,7 +60,7 @@ def trim(source: Path, target: Path) -> None:
         tensors = load_file(source / file)
         return {name: x for name, x in tensors.items() if name.split(".")[0] not in spare and read(name)}
 
-    exact = chosen("reference64.safetensors", lambda name: name.endswith("logits"))
+    exact = chosen("reference64.safetensors", lambda name: name.endswith(("logits", "logits_tanh_gelu", ".loss")))
     save(exact, target / "reference64.safetensors")
     single = chosen("reference.safetensors", lambda name: needed(name) and name not in exact)
     save(single, target / "reference.safetensors")
@@ -73,6 +77,6 @@ def save(tensors: dict[str, Tensor], path: Path) -> None:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    dense = [path.name for path in root.iterdir() if path.name.startswith(DENSE) and path.name not in EXPENDABLE]
-    for case in sys.argv[2:] or sorted(dense):
+    ours = [path.name for path in root.iterdir() if path.name.startswith((*DENSE, *EXPERTS))]
+    for case in sys.argv[2:] or sorted(set(ours) - set(EXPENDABLE)):
         trim(root / case, Path(__file__).parent / "goldens" / case)

@@ -4,14 +4,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from glm.errors import ConfigError, GLMError
-from glm.family import chatglm, chatglm2, glm4, glm4_0414
+from glm.family import (
+    chatglm,
+    chatglm2,
+    glm4,
+    glm4_0414,
+    glm4_moe,
+    glm4_moe_lite,
+    glm_10b,
+    glm_130b,
+    glm_moe_dsa,
+)
 from glm.family.generation import Generation, Release
 
 GENERATIONS: tuple[Generation, ...] = (
+    glm_10b.GENERATION,
+    glm_130b.GENERATION,
     chatglm.GENERATION,
     chatglm2.GENERATION,
     glm4.GENERATION,
     glm4_0414.GENERATION,
+    glm4_moe.GENERATION,
+    glm4_moe_lite.GENERATION,
+    glm_moe_dsa.GENERATION,
 )
 
 

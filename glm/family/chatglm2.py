@@ -134,6 +134,7 @@ def spec(config: Config, name: str) -> Spec:
 
 def config(spec: Spec) -> dict[str, Any]:
     """The config.json of a spec, in the official field names."""
+    assert isinstance(spec.rotary, Rotary)
     block, scaling = spec.blocks[0], spec.rotary.scaling
     fields: dict[str, Any] = {
         "architectures": ["ChatGLMModel"],
@@ -175,7 +176,7 @@ def config(spec: Spec) -> dict[str, Any]:
 
 def qkv_packing(spec: Spec, config: Config) -> PerHead | None:
     """Flat q | k | v rows, as in every release; head by head where multi_query_attention is off."""
-    return None if config.get("multi_query_attention", True) else PerHead(spec.blocks[0].mixer.heads)
+    return None if config.get("multi_query_attention") in (None, True) else PerHead(spec.blocks[0].mixer.heads)
 
 
 NAMES = (

@@ -2,13 +2,18 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from glm.checkpoint import Packing, Stored
+from glm import quantized_files
+from glm.checkpoint import Checkpoint, Packing, Stored
 from glm.errors import ConfigError
+from glm.grouped import Grouped
+from glm.linear import Dense
+from glm.parts import Cut
+from glm.quantized_files import Scheme
 from glm.spec import Spec
 
 Config = Mapping[str, Any]
@@ -20,12 +25,18 @@ class Name:
 
     `{i}` stands for the layer. `rows` says which rows of our tensors it is, `packing` in which order they lie
     on disk; None is all rows, as they are. Every tensor of a module (weight, bias, scale) goes by the same line.
+
+    Where `stack` says that our tensors are so many of the disk's, one on another, `{e}` stands for which it is. With
+    `whole` the line is about one tensor, and both names are complete. `at_least` is a dtype it is never narrower than.
     """
 
     file: str
     ours: str
     rows: Callable[[Spec], slice] | None = None
     packing: Callable[[Spec, Config], Packing | None] | None = None
+    stack: Callable[[Spec], int] | None = None
+    whole: bool = False
+    at_least: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,14 @@ class Generation:
     """One family of checkpoints that share a config format and a table of tensor names.
 
     `spec(config, name)` reads a config.json (`name` is the folder's, for what the config leaves out) and raises
-    ConfigError; `config(spec, dtype)` writes it back. `ignorable` are patterns of tensor names that published
-    files carry and the model does not use.
+    ConfigError; `config(spec, dtype)` writes it back. Neither knows of a `quantization_config`, which is the same in
+    every generation: `read` and `write` do. `ignorable` are patterns of tensor names that published files carry and
+    the model does not use, with `{L}` for the number of layers. `following` names, as if it were one of the blocks,
+    what a block behind the last has besides (`glm.drafting.NextToken`); most have no such block.
+
+    Where the training code's own files were published, `cuts` say how it cut tensors for several devices, `original`
+    makes a config.json of the shapes of all whole tensors, and `mended` gives a whole tensor (by config, name and what
+    was stored) the form that the later, official files have.
     """
 
     name: str
@@ -56,10 +73,61 @@ class Generation:
     names: tuple[Name, ...]
     ignorable: tuple[str, ...]
     releases: tuple[Release, ...]
+    cuts: tuple[Cut, ...] = ()
+    original: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
+    mended: Callable[[Config, str, torch.Tensor], torch.Tensor] | None = None
+    following: tuple[Name, ...] = ()
+
+    def read(self, config: Config, name: str) -> Spec:
+        """The spec of a config.json, quantised or not. Raises ConfigError."""
+        spec, scheme = self.spec(config, name), self.scheme(config)
+        if scheme is None:
+            return spec
+        if spec.weights != Dense():
+            raise ConfigError("config.json: has both quantization_config and quantization_bit; one of them is stale")
+        return replace(spec, weights=scheme.form, head=scheme.form if scheme.head and not spec.tied else Dense())
+
+    def write(self, spec: Spec) -> dict[str, Any]:
+        """The config.json of a spec, quantised or not. Raises ConfigError where no words say how it is stored."""
+        if not isinstance(spec.weights, Grouped):
+            if spec.head != Dense():
+                raise ConfigError("no format has an integer head with other matrices in another form")
+            return self.config(spec)
+        if spec.head not in (Dense(), spec.weights):
+            raise ConfigError("no format has a head and other matrices in integers of two forms")
+        dense = self.config(replace(spec, weights=Dense(), head=Dense()))
+        ignore = [] if spec.head == spec.weights else [self.file("head")]
+        return dense | {quantized_files.CONFIG: quantized_files.write_scheme(spec.weights, ignore)}
+
+    def scheme(self, config: Config) -> Scheme | None:
+        """How a config.json says that matrices are quantised; None where it does not. Raises ConfigError."""
+        return quantized_files.read_scheme(config, self.file("head"))
+
+    def ours(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint, with integers in the layouts of others seen as our own. Raises CheckpointError."""
+        return quantized_files.ours(checkpoint, self.scheme(checkpoint.config))
+
+    def file(self, module: str) -> str:
+        """What our `module` is called on disk; "" where this format does not have it."""
+        return next((name.file for name in self.names if name.ours == module), "")
 
     def table(self, spec: Spec, config: Config, parameters: Iterable[str]) -> list[Stored]:
         """Where each of our `parameters` lies on disk, in the order of the parameters."""
         return list(stored(self.names, spec, config, parameters))
+
+    def next_table(self, spec: Spec, config: Config, parameters: Iterable[str]) -> list[Stored]:
+        """Where each parameter of a `NextToken` lies on disk. Raises ConfigError where the format has no such block."""
+        if not self.following:
+            raise ConfigError(f"{self.name}: checkpoints of this format have no block that predicts one token further")
+        place = f"blocks.{len(spec.blocks)}."
+        ours = {place + parameter.removeprefix("block."): parameter for parameter in parameters}
+        table = stored((*self.names, *self.following), spec, config, ours)
+        return [replace(line, parameter=ours[line.parameter]) for line in table]
+
+    def unused(self, spec: Spec) -> tuple[str, ...]:
+        """Patterns of the tensor names that a file may carry and a model of `spec` does not use."""
+        patterns = (pattern.replace("{L}", str(len(spec.blocks))) for pattern in self.ignorable)
+        return (*patterns, *self.spare_head(spec))
 
     def spare_head(self, spec: Spec) -> list[str]:
         """Pattern of the head that a file may carry although the model's head is its embedding (GLM-Edge-1.5B does)."""
@@ -73,21 +141,27 @@ def stored(names: Iterable[Name], spec: Spec, config: Config, parameters: Iterab
     for name in names:
         lines.setdefault(name.ours, []).append(name)
     for parameter in parameters:
-        module, _, tensor = parameter.rpartition(".")
         if parameter == "head.weight" and spec.tied:
             continue  # it is the embedding, which is stored
-        layer = re.match(r"blocks\.(\d+)\.", module)
+        layer = re.match(r"blocks\.(\d+)\.", parameter)
         number = layer[1] if layer else ""
-        template = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", module)
-        if template not in lines:
+        template = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", parameter)
+        module, _, tensor = template.rpartition(".")
+        found = lines.get(template) or lines.get(module)
+        if found is None:
             raise ConfigError(f"this format has no name for {parameter}: it cannot hold such a model")
-        for name in lines[template]:
-            yield Stored(
-                name=f"{name.file.replace('{i}', number)}.{tensor}",
-                parameter=parameter,
-                index=() if name.rows is None else (name.rows(spec),),
-                packing=None if name.packing is None else name.packing(spec, config),
-            )
+        for name in found:
+            file = name.file.replace("{i}", number) + ("" if name.whole else f".{tensor}")
+            rows = () if name.rows is None else (name.rows(spec),)
+            places = [()] if name.stack is None else [(e,) for e in range(name.stack(spec))]
+            for place in places:
+                yield Stored(
+                    name=file.replace("{e}", str(*place)),
+                    parameter=parameter,
+                    index=(*place, *rows),
+                    packing=None if name.packing is None else name.packing(spec, config),
+                    at_least=name.at_least,
+                )
 
 
 def divided(what: int, by: int, names: str) -> int:

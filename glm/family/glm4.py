@@ -69,8 +69,6 @@ def build(
 def spec(config: Config, name: str, wiring: Wiring = Pre()) -> Spec:
     """A config.json of model_type "glm" as a spec (of "glm4" with its wiring). Raises ConfigError."""
     f = Fields(config, "config.json")
-    if "quantization_config" in config:
-        raise ConfigError("config.json: quantization_config: quantised checkpoints of this format are not supported")
     f.choice("hidden_act", ("silu",), default="silu")
     heads = f.integer("num_attention_heads", 1, 1024)
     head_width = f.integer("head_dim", 1, 1 << 14)
@@ -96,6 +94,7 @@ def spec(config: Config, name: str, wiring: Wiring = Pre()) -> Spec:
 
 def config(spec: Spec) -> dict[str, Any]:
     """The config.json of a spec, in the official field names."""
+    assert isinstance(spec.rotary, Rotary)
     block = spec.blocks[0]
     return {
         "architectures": ["GlmForCausalLM"],

@@ -12,10 +12,14 @@ from glm.family.text_chatglm3 import CHATGLM3
 from glm.family.text_glm4 import GLM4, GLM4_HF
 from glm.family.text_glm4_0414 import GLM4_0414, GLM_Z1
 from glm.family.text_glm4_moe import GLM4_MOE
+from glm.family.text_glm_10b import GLM_BERT, GLM_CHINESE, GLM_GPT2
+from glm.family.text_glm_130b import GLM_130B
 
 # By the kind of vocabulary: the generations whose prompts can go with it.
 SENTENCEPIECE = {"chatglm3": CHATGLM3, "chatglm2": CHATGLM2, "codegeex2": CHATGLM2}
-ICE_TEXT = {"chatglm": CHATGLM}
+ICE_TEXT = {"chatglm": CHATGLM, "glm_130b": GLM_130B}
+IMAGES = {"chatglm": 0, "glm_130b": 20000}  # image tokens that are counted before the text
+MERGES, WORDS, COG = {"glm": GLM_GPT2}, {"glm": GLM_BERT}, {"glm": GLM_CHINESE}
 RANKS = {"glm4": GLM4}
 JSON = {
     "glm4": GLM4_HF,
@@ -31,6 +35,11 @@ def named(formats: Mapping[str, TextFormat], generation: str) -> TextFormat:
     if generation not in formats:
         raise TokenizerError(f"no generation {generation!r} has this vocabulary; choose from {', '.join(formats)}")
     return formats[generation]
+
+
+def of_ice_text(config: Mapping[str, Any]) -> str:
+    """ChatGLM-6B and GLM-130B share one file; the latter's config.json is one we write."""
+    return "glm_130b" if config.get("model_type") == "glm-130b" else "chatglm"
 
 
 def of_sentencepiece(names: Iterable[str], added: Container[str]) -> str:

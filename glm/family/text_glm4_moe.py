@@ -8,9 +8,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 
-from glm.chat import Conversation, Message, Part, Token, content
+from glm.chat import Conversation, Message, Part, Token, Tool, content
 from glm.errors import PromptError
 from glm.family.text_glm4 import GLM4_HF
+from glm.reply import Called, Marks, Reader, kinds_of, pairs, value_of
 
 TOOLS_BEFORE = (
     "\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -86,4 +87,25 @@ def called(call: Mapping[str, Mapping[str, object]]) -> str:
     return f"\n<tool_call>{function.get('name')}\n{pairs}</tool_call>"
 
 
-GLM4_MOE = replace(GLM4_HF, name="GLM-4.5", prompt=prompt)
+def marks(tools: list[Tool]) -> Marks:
+    """Where an answer thinks and calls; arguments are texts where the tool says so, else JSON where they are that."""
+    kinds = kinds_of(tools)
+
+    def call(text: str) -> Called | None:
+        name = text.partition("<arg_key>")[0].strip()
+        found = pairs(text, "arg_key", "arg_value")
+        return Called(name, {k: value_of(v, kinds.get((name, k))) for k, v in found}) if name else None
+
+    return Marks(thought=("<think>", "</think>"), call=("<tool_call>", "</tool_call>"), called=call)
+
+
+def answer(text: str) -> list[Message]:
+    """What the model wrote, read at once. A thought without its first mark began in the prompt."""
+    before, ended, _ = text.partition("</think>")
+    reader = Reader(marks([]), thinking=bool(ended) and "<think>" not in before)
+    reader.put(text)
+    reader.end()
+    return [reader.message]
+
+
+GLM4_MOE = replace(GLM4_HF, name="GLM-4.5", prompt=prompt, answer=answer, marks=marks)
