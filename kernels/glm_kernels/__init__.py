@@ -4,6 +4,7 @@ Every function computes the same everywhere: on a GPU with a Triton kernel, else
 torch. With TRITON_INTERPRET=1 in the environment the kernels themselves run on CPU tensors.
 """
 
+from glm_kernels.decode import decode_attention, decode_latent_attention
 from glm_kernels.norms import layer_norm, rms_norm
 
-__all__ = ["layer_norm", "rms_norm"]
+__all__ = ["decode_attention", "decode_latent_attention", "layer_norm", "rms_norm"]
