@@ -5,6 +5,19 @@ torch. With TRITON_INTERPRET=1 in the environment the kernels themselves run on 
 """
 
 from glm_kernels.decode import decode_attention, decode_latent_attention
+from glm_kernels.int4_matmul import int4_matmul, int4_matmul_experts, int4_prepack
+from glm_kernels.int8_matmul import int8_matmul, int8_matmul_experts, int8_prepack
 from glm_kernels.norms import layer_norm, rms_norm
 
-__all__ = ["decode_attention", "decode_latent_attention", "layer_norm", "rms_norm"]
+__all__ = [
+    "decode_attention",
+    "decode_latent_attention",
+    "int4_matmul",
+    "int4_matmul_experts",
+    "int4_prepack",
+    "int8_matmul",
+    "int8_matmul_experts",
+    "int8_prepack",
+    "layer_norm",
+    "rms_norm",
+]

@@ -1,9 +1,9 @@
 """Integers of 4 and 8 bits: as files store them, and as the kernels read them.
 
-Storage. A row of I integers q, each -2^(bits-1) to 2^(bits-1) - 1, is stored as codes q + 2^(bits-1), from 0 on, side by
-side with the first in the lowest bits: uint8 [O, I · bits / 8], for int4 the even column in the low nibble, or the same
-memory seen as int32 words [O, I · bits / 32], which is the pack-quantized layout of compressed-tensors. Scales are
-[O, groups] and zero points int8 [O, groups]:
+Storage. A row of I integers q, each -2^(bits-1) to 2^(bits-1) - 1, is stored as codes q + 2^(bits-1), from 0 on, side
+by side with the first in the lowest bits: uint8 [O, I · bits / 8], for int4 the even column in the low nibble, or the
+same memory seen as int32 words [O, I · bits / 32], which is the pack-quantized layout of compressed-tensors. Scales
+are [O, groups] and zero points int8 [O, groups]:
 
     W[o, i] = s[o, g] (q[o, i] - z[o, g])        g = i // group
 
