@@ -14,11 +14,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from glm_kernels import decode, int4_matmul, int8_matmul, norms
+from glm_kernels import decode, norms, packed_matmul
 from glm_kernels.bench import machine
 from glm_kernels.variants import TARGETS, Compiled, Variant, compile
 
-MODULES = (norms, decode, int4_matmul, int8_matmul)  # every file with kernels
+MODULES = (norms, decode, packed_matmul)  # every file with kernels
 
 
 def everything() -> list[tuple[int, int, int]]:

@@ -10,17 +10,15 @@ row that is 4 flops a byte and memory is the bound; on a Hopper GPU it is until 
 
 Layout: x [..., I], its rows at any one stride; the matrix as stored, codes q + 8 two to a byte, the even column in the
 low nibble, or as `prepack` lays it out for the kernel once and for all: see `packing.py`. A stored matrix is laid out
-anew at every call. The kernel takes float16 and bfloat16, groups that are multiples of 32 or a whole row; the reference takes the rest. On
-the CPU torch's own operator for packed integers computes the plain product where it fits. There are no gradients.
-The kernel is in `packed_matmul.py`.
+anew at every call. The kernel takes float16 and bfloat16, groups that are multiples of 32 or a whole row; the
+reference takes the rest. On the CPU torch's own operator for packed integers computes the plain product where it fits.
+There are no gradients. The kernel is in `packed_matmul.py`.
 """
 
 from torch import Tensor
 
 from glm_kernels import packed_matmul
-from glm_kernels.dispatch import Target
 from glm_kernels.packing import Prepacked, prepack
-from glm_kernels.variants import Variant
 
 BITS = 4
 
@@ -88,8 +86,3 @@ def int4_matmul_experts(
 def int4_prepack(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Prepacked:
     """A stored matrix in the kernel's layout, for `int4_matmul(x, *prepacked, group=group)`."""
     return prepack(packed, scales, zeros, bits=BITS)
-
-
-def variants(target: Target) -> list[Variant]:
-    """What a launch can ask for."""
-    return packed_matmul.variants(BITS, target)

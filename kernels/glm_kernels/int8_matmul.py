@@ -18,9 +18,7 @@ The kernel is in `packed_matmul.py`.
 from torch import Tensor
 
 from glm_kernels import packed_matmul
-from glm_kernels.dispatch import Target
 from glm_kernels.packing import Prepacked, prepack
-from glm_kernels.variants import Variant
 
 BITS = 8
 
@@ -88,8 +86,3 @@ def int8_matmul_experts(
 def int8_prepack(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Prepacked:
     """A stored matrix in the kernel's layout, for `int8_matmul(x, *prepacked, group=group)`."""
     return prepack(packed, scales, zeros, bits=BITS)
-
-
-def variants(target: Target) -> list[Variant]:
-    """What a launch can ask for."""
-    return packed_matmul.variants(BITS, target)
