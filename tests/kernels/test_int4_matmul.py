@@ -203,7 +203,7 @@ MUTANTS = {  # name: kernel, what is replaced, by what
     ),
     "scale of the row forgotten": ("product", "if per_scale == 0:\n        acc *=", "if False:\n        acc *="),
     "stride of x ignored": ("product", "n[:, None] * x_row", "n[:, None] * inputs"),
-    "a split too many": ("joined", "range(splits)", "range(splits + 1)"),
+    "a split too few": ("joined", "range(splits)", "range(splits - 1)"),
     "a split summed twice": ("joined", "tl.cast(k, tl.int64) * plane", "tl.cast(tl.maximum(k, 1), tl.int64) * plane"),
     "joined too early": ("packed_kernel", "== splits - 1", "== splits - 2"),
     "counter left as it is": ("packed_kernel", "tl.store(tally, 0)", "pass"),
@@ -218,15 +218,8 @@ MUTANTS = {  # name: kernel, what is replaced, by what
 }  # fmt: skip
 if BITS == 8:  # the kernel is the same: what differs is tried
     MUTANTS = {name: mutant for name, mutant in MUTANTS.items() if mutant[0] in ("numbers", "product")}
-SHORT = (
-    CASES[1],
-    CASES[2],
-    CASES[3],
-    CASES[4],
-    CASES[5]._replace(zeros=True),
-    CASES[8],
-    Case(9, 20, 192, 64, True, path=8, fold=True),
-)
+FOLDED = Case(9, 20, 192, 64, True, path=8, fold=True)
+SHORT = (CASES[5]._replace(zeros=True), FOLDED, CASES[8], *CASES[1:5])  # writing outside shows before it does harm
 
 
 def check_short() -> None:
