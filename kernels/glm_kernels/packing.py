@@ -61,7 +61,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 def pack(integers: Tensor, bits: int) -> Tensor:
     """int8 [..., I], I even for 4 bits -> uint8 [..., I · bits / 8]."""
-    codes = (integers.view(torch.uint8) + (1 << (bits - 1))) & ((1 << bits) - 1)
+    codes: Tensor = (integers.view(torch.uint8) + (1 << (bits - 1))) & ((1 << bits) - 1)
     return codes if bits == 8 else codes[..., 0::2] | codes[..., 1::2] << 4
 
 
@@ -76,7 +76,7 @@ def words_of(packed: Tensor, bits: int) -> Tensor:
     chunks = 16 // bits
     codes = codes_of(packed, bits).to(torch.int32)
     codes = F.pad(codes, (0, -codes.shape[-1] % (chunks * CHUNK))).unflatten(-1, (-1, chunks, CHUNK))  # […, O, t, i, j]
-    words = codes[..., 0, :].clone()
+    words: Tensor = codes[..., 0, :].clone()
     for i in range(1, chunks):
         words |= codes[..., i, :] << (bits * i)
     return words.to(torch.int16).movedim(-2, -3).contiguous()
