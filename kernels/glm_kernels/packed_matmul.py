@@ -256,7 +256,7 @@ def shape_of_launch(rows: int, device: Target) -> Shape:
     stages = 3 if device.shared >= 128 * 1024 else 2
     if rows <= 64:
         return Shape(rows, 128, False, 8, stages, MOST_SPLITS // 2)
-    return Shape(rows, 128, True, 8, stages, 1)
+    return Shape(rows, 128 if stages == 3 else 64, True, 8, stages, 1)
 
 
 def splits_for(shape: Shape, blocks: int, tiles: int, processors: int) -> int:
@@ -439,7 +439,9 @@ def on_cpu(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits
             return None
         codes, scale, _ = stored(packed, scales, zeros, 8, inputs)
         weight = (as_bytes(codes) ^ 0x80).view(torch.int8)
-        y: Tensor = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, inputs), weight, scale[:, 0].to(x.dtype))
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(
+            x.reshape(-1, inputs).contiguous(), weight, scale[:, 0].to(x.dtype)
+        )
         return y.view(*x.shape[:-1], outputs)
     sizes = [size for size in (256, 128, 64, 32) if group % size == 0]
     if not sizes or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
