@@ -7,6 +7,7 @@ import pytest
 import torch
 from glm_kernels import int4_matmul, int4_matmul_experts, int4_prepack, packed_matmul, packing
 from glm_kernels import int4_matmul as public
+from glm_kernels.dispatch import Target
 from glm_kernels.variants import TARGETS, compile
 from harness import DEVICES, DTYPES, INTERPRETED, directly, judge, kernel, needs_triton, put_in, rerun
 from hypothesis import HealthCheck, given, settings
@@ -307,3 +308,15 @@ def test_instructions_on_hopper(rows: int) -> None:
         assert built.count("I2F") == 0
         assert built.count("HMMA" if rows == 8 else "HGMMA") >= 4
         assert built.spilled == 0
+
+
+@directly
+@needs_triton
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+def test_tensor_cores_multiply_many_rows_everywhere(target: Target) -> None:
+    """A compiler that gives up leaves a trap behind."""
+    rows = packed_matmul.path_of(128, target)
+    built = compile(packed_matmul.variant(target, BITS, torch.bfloat16, rows, 16 // BITS), target)
+    assert built.count("HMMA|HGMMA|UTC.*MMA|v_mfma") >= 4
+    assert built.count("BPT.TRAP") == 0
+    assert built.shared <= target.shared
