@@ -256,9 +256,7 @@ def shape_of_launch(rows: int, device: Target) -> Shape:
     stages = 3 if device.shared >= 128 * 1024 else 2
     if rows <= 64:
         return Shape(rows, 128, False, 8, stages, MOST_SPLITS // 2)
-    blackwell = (
-        isinstance(device.arch, int) and 100 <= device.arch < 120
-    )  # Triton 3.7 makes a trap of 128 outputs there
+    blackwell = isinstance(device.arch, int) and 100 <= device.arch < 120  # of 128 Triton 3.7 makes a trap
     return Shape(rows, 128 if stages == 3 and not blackwell else 64, True, 8, stages, 1)
 
 
