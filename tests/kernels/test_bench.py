@@ -31,6 +31,7 @@ from glm_kernels.bench import (
     command,
     decode,
     goals,
+    int4,
     ladders,
     norms,
     plots,
@@ -191,6 +192,8 @@ def test_elementwise_work_is_what_is_read_and_written() -> None:
         y = activations.PLAIN[kind](inputs["x"])
         assert y.nbytes == activations.outputs(case)
         assert activations.work(case).bytes == nbytes(inputs) + y.nbytes
+    product = int4.Int4Case(model="tiny", dtype="float16", matrix="down", outputs=40, inputs=256, rows=3)
+    assert int4.work(product).bytes == nbytes(int4.make_inputs(product, CPU, 0)) + int4.outputs(product)
     for append in ("", "float32", "int8"):
         turned = small_rotary(append=append)
         inputs = {name: x for name, x in rotary.make_inputs(turned, CPU, 0).items() if name != "at"}
@@ -353,6 +356,7 @@ FEW: list[tuple[Subject[Any], Case]] = [  # for the interpreter, which is slow, 
     (norms.SUBJECT, norms.NormCase(model="tiny", kind="layer", width=48, rows=5, residual=True, **HALF)),
     (rotary.SUBJECT, small_rotary(append="float16", **HALF)),
     (activations.SUBJECT, activations.ActivationCase(model="tiny", kind="swiglu", inner=24, rows=5, **HALF)),
+    (int4.SUBJECT, int4.Int4Case(model="tiny", matrix="down", outputs=40, inputs=256, rows=3, **HALF)),
 ]
 
 
@@ -372,6 +376,9 @@ def tiny_cases() -> list[tuple[Subject[Any], Case]]:
     for kind in activations.PLAIN:
         activation = activations.ActivationCase(model="tiny", kind=kind, inner=24, rows=5, **HALF)
         found.append((activations.SUBJECT, activation))
+    for rows in (1, 5):
+        product = int4.Int4Case(model="tiny", matrix="down", outputs=40, inputs=256, rows=rows, **HALF)
+        found.append((int4.SUBJECT, product))
     return found
 
 

@@ -51,7 +51,21 @@ def attention(dtype: torch.dtype, device: str) -> Case:
     return {"q": q, "k": k, "v": v}, plain
 
 
-CASES: dict[str, Callable[[torch.dtype, str], Case]] = {"attention": attention, "decode": decode}
+def int4(dtype: torch.dtype, device: str) -> Case:
+    """Rows, outputs and columns that fill no tile; groups of 32."""
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 256, (70, 80), generator=generator, dtype=torch.uint8)
+    scales = (0.5 + torch.rand(70, 5, generator=generator)).to(dtype)
+    x = torch.randn(3, 160, generator=generator).to(dtype) / 32
+
+    def plain(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+        q = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(x.dtype) - 8
+        return F.linear(x, q * scales.repeat_interleave(32, 1))
+
+    return {"x": x.to(device), "packed": packed.to(device), "scales": scales.to(device)}, plain
+
+
+CASES: dict[str, Callable[[torch.dtype, str], Case]] = {"attention": attention, "decode": decode, "int4": int4}
 
 
 @pytest.mark.parametrize("device", DEVICES)

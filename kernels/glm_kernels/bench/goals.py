@@ -120,6 +120,11 @@ def short_cache(row: Row) -> bool:
     return bool(row["fields"]["batch"] == 1 and row["fields"]["keys"] <= 1024)
 
 
+def mlp_rows(*rows: int) -> Callable[[Row], bool]:
+    """A matrix of a feed-forward layer, times so many rows."""
+    return lambda row: row["fields"]["rows"] in rows and row["fields"]["matrix"] in ("gate and up", "up", "down")
+
+
 MASKED = "prefix and infilling masks"
 CAUSAL = "causal, head 128, bf16, 4k–32k"
 GOALS = (
@@ -130,6 +135,15 @@ GOALS = (
     Goal("decode", "64 MB of cache or more", large_cache, "R", at_read_roof, 0.92, 0.85),
     Goal("decode", "64 MB of cache or more", large_cache, "flashinfer", peer("flashinfer"), 1.05),
     Goal("decode", "one sequence, at most 1k", short_cache, "", None, 6.0, 8.0),
+    Goal("int4", "MLP, 1 row", mlp_rows(1), "R", at_read_roof, 0.90, 0.80),
+    Goal("int4", "MLP, 1 row", mlp_rows(1), "cuBLAS bf16", peer("cuBLAS bf16"), 3.4),
+    Goal("int4", "MLP, 1 row", mlp_rows(1), "tinygemm", peer("tinygemm"), 1.6),
+    Goal("int4", "MLP, 16 rows", mlp_rows(16), "cuBLAS bf16", peer("cuBLAS bf16"), 3.3, 2.5),
+    Goal("int4", "MLP, 32 rows", mlp_rows(32), "cuBLAS bf16", peer("cuBLAS bf16"), 3.0, 2.2),
+    Goal("int4", "MLP, 64 rows", mlp_rows(64), "cuBLAS bf16", peer("cuBLAS bf16"), 2.2, 1.6),
+    Goal("int4", "MLP, 128 rows", mlp_rows(128), "cuBLAS bf16", peer("cuBLAS bf16"), 1.15, 1.0),
+    Goal("int4", "MLP, 256 rows", mlp_rows(256), "cuBLAS bf16", peer("cuBLAS bf16"), 1.0, 0.85),
+    Goal("int4", "MLP, 1024 rows or more", mlp_rows(1024, 4096), "cuBLAS bf16", peer("cuBLAS bf16"), 0.92, 0.85),
 )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from glm_kernels.bench import attention, decode
+from glm_kernels.bench import attention, decode, int4
 from glm_kernels.bench import cases as published
 from glm_kernels.bench.machine import ROOT
 from glm_kernels.bench.peers import OURS
@@ -23,6 +23,7 @@ FOLDER = ROOT / "kernels" / "ladders"
 CASES: dict[str, tuple[Subject[Any], Case]] = {
     "attention": (attention.SUBJECT, attention.case(published.GLM_4_9B, "causal", 1, 8192, 1)),
     "decode": (decode.SUBJECT, decode.case(published.GLM_4_9B, 8, 32768, 1)),
+    "int4": (int4.SUBJECT, int4.LADDER),
 }
 
 

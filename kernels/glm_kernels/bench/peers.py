@@ -15,7 +15,10 @@ import torch
 from glm_kernels.bench.subject import MissingError
 
 OURS = "glm_kernels"
-PACKAGES = {"flashinfer": "flashinfer-python", "liger_kernel": "liger-kernel", "triton": "triton"}
+PACKAGES = {
+    "flashinfer": "flashinfer-python", "liger_kernel": "liger-kernel", "triton": "triton", "gemlite": "gemlite",
+    "humming": "humming-kernels", "torchao": "torchao", "bitsandbytes": "bitsandbytes",
+}  # fmt: skip
 
 
 def find(module: str, name: str) -> Any:

@@ -1,0 +1,88 @@
+"""The product with a matrix of int8 weights: y = x Wᵀ + b, W never written out.
+
+    W[o, i] = s[o, g] (q[o, i] - z[o, g])        g = i // group,  -128 ≤ q ≤ 127
+    y[n, o] = Σ_i x[n, i] W[o, i] + b[o]
+    swiglu:   y = silu(g) u, with g and u the first and the second half of x Wᵀ + b    (arXiv:2002.05202)
+    residual: y = r + …
+
+Bytes of N rows: 1 O I of integers, (2 to 4) O I / group of scales, 2 N (I + O) of x and y. Flops: 2 N O I. With one
+row that is 2 flops a byte and memory is the bound; on a Hopper GPU it is until about 90 rows.
+
+Layout: x [..., I], its rows at any one stride; the matrix as stored, codes q + 128 one to a byte, or as
+`prepack` lays it out for the kernel once and for all: see `packing.py`. A stored matrix is laid out anew at every call.
+The kernel takes float16 and bfloat16, groups that are multiples of 32 or a whole row; the reference takes the rest. On
+the CPU torch's own operator for packed integers computes the plain product where it fits. There are no gradients.
+The kernel is in `packed_matmul.py`.
+"""
+
+from torch import Tensor
+
+from glm_kernels import packed_matmul
+from glm_kernels.packing import Prepacked, prepack
+
+BITS = 8
+
+
+def int8_matmul_reference(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None = None, *, group: int, bias: Tensor | None = None,
+    residual: Tensor | None = None, swiglu: bool = False,
+) -> Tensor:  # fmt: skip
+    """`int8_matmul` in plain torch: the matrix is written out in the dtype of x."""
+    return packed_matmul.reference(x, packed, scales, zeros, bias, residual, None, BITS, swiglu)
+
+
+def int8_matmul(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None = None, *, group: int, bias: Tensor | None = None,
+    residual: Tensor | None = None, swiglu: bool = False,
+) -> Tensor:  # fmt: skip
+    """y = x Wᵀ + bias, see the top of this file.
+
+    Args:
+        x: [..., I].
+        packed: uint8 [O, I] or int32 [O, I / 4] as stored; or int16 [tiles, O, 32], and then scales and zeros as
+            `int8_prepack` gave them too.
+        scales: [O, I / group], in any floating-point dtype.
+        zeros: int8 [O, I / group], on the scale of the signed integers; None is 0.
+        group: Columns that share a scale; I for a whole row.
+        bias: [O], in the dtype of x.
+        residual: [..., O], or of half the width with `swiglu`; added at the end.
+        swiglu: The first half of the outputs is the gate of the second.
+
+    Returns:
+        y [..., O], or [..., O / 2] with `swiglu`, contiguous and in the dtype of x.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not fit.
+    """
+    packed_matmul.check(x, packed, scales, zeros, bias, residual, None, BITS, group, swiglu)
+    y: Tensor = packed_matmul.packed_matmul(x, packed, scales, zeros, bias, residual, None, BITS, group, swiglu)
+    return y
+
+
+def int8_matmul_experts(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None = None, *, offsets: Tensor, group: int,
+    bias: Tensor | None = None, swiglu: bool = False,
+) -> Tensor:  # fmt: skip
+    """The same with a matrix for each expert: rows offsets[e] to offsets[e + 1] of x are multiplied with matrix e.
+
+    Args:
+        x: [N, I], sorted by expert.
+        packed, scales, zeros, bias: As for `int8_matmul`, with an axis of E experts in front.
+        offsets: int32 [E + 1] on the device, from 0 to N: where each expert's rows begin.
+        group: Columns that share a scale; I for a whole row.
+        swiglu: The first half of the outputs is the gate of the second.
+
+    Returns:
+        y [N, O], or [N, O / 2] with `swiglu`.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not fit.
+    """
+    packed_matmul.check(x, packed, scales, zeros, bias, None, offsets, BITS, group, swiglu)
+    y: Tensor = packed_matmul.packed_matmul(x, packed, scales, zeros, bias, None, offsets, BITS, group, swiglu)
+    return y
+
+
+def int8_prepack(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Prepacked:
+    """A stored matrix in the kernel's layout, for `int8_matmul(x, *prepacked, group=group)`."""
+    return prepack(packed, scales, zeros, bits=BITS)

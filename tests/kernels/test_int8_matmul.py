@@ -1,0 +1,321 @@
+"""int8_matmul: on the CPU the reference and torch's operator, in Triton's interpreter and on a GPU the kernel."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from glm_kernels import int8_matmul, int8_matmul_experts, int8_prepack, packed_matmul, packing
+from glm_kernels import int8_matmul as public
+from glm_kernels.dispatch import Target
+from glm_kernels.variants import TARGETS, compile
+from harness import DEVICES, DTYPES, INTERPRETED, directly, judge, kernel, needs_triton, put_in, rerun
+from hypothesis import HealthCheck, given, settings
+from packed_cases import Case, cases, check, exact, inputs
+
+BITS = 8
+CASES = (
+    Case(1, 33, 256, 128, path=8),
+    Case(4, 20, 384, 128, zeros=True, bias=True, path=8, splits=3),
+    Case(5, 70, 192, 64, zeros=True, residual=True, path=8, splits=2),
+    Case(17, 40, 96, 32, zeros=True, swiglu=True, bias=True, path=16, splits=2),
+    Case(19, 33, 160, None, zeros=True, residual=True, path=16, splits=2),
+    Case(33, 18, 48, 48, bias=True, path=32),
+    Case(70, 40, 256, 128, zeros=True, path=64, splits=2),
+    Case(131, 34, 288, 96, zeros=True, swiglu=True, residual=True, path=128, fold=True),
+    Case(0, 34, 128, 64, zeros=True, bias=True, swiglu=True, path=8, experts=(3, 0, 9, 1, 0)),
+    Case(0, 21, 64, None, path=16, experts=(0, 17, 0)),
+)
+
+# ----------------------------------------------------------------------------- layouts
+
+
+@directly
+def test_every_byte_survives_every_layout() -> None:
+    """All 256 values in every place of a row, also of a row that does not fill its tile."""
+    stored = torch.stack([torch.arange(256).roll(n) for n in range(256)]).to(torch.uint8)
+    for width in (256, 250, 3):
+        rows = stored[:, :width].contiguous()
+        integers = packing.unpack(rows, BITS)
+        assert integers.min() == -(1 << (BITS - 1))
+        assert integers.max() == (1 << (BITS - 1)) - 1
+        assert torch.equal(packing.pack(integers, BITS), rows)
+        count = width * 8 // BITS
+        words = packing.words_of(rows, BITS)
+        assert words.shape == (-(-count // (32 * 16 // BITS)), 256, 32)
+        assert torch.equal(packing.stored_of(words, BITS, count), rows)
+    words32 = stored.view(torch.int32)
+    assert torch.equal(packing.words_of(words32, BITS), packing.words_of(stored, BITS))
+
+
+@directly
+def test_prepack_is_undone() -> None:
+    case = inputs(Case(1, 34, 192, 64, zeros=True), BITS, torch.float16, "cpu")
+    stored = case["packed"], case["scales"], case["zeros"]
+    again = packing.unprepack(int8_prepack(*stored), BITS, 192)
+    assert all(torch.equal(a, b) for a, b in zip(stored, again, strict=True))
+
+
+@directly
+def test_official_bytes() -> None:
+    """Two's complement, for int4 the even column in the high nibble."""
+    weight = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.int8)[None]
+    integers = packing.unpack(packing.from_row_scaled(weight, BITS), BITS)
+    expected = weight if BITS == 8 else torch.stack((weight >> 4, (weight << 4) >> 4), dim=-1).flatten(-2)
+    assert torch.equal(integers, expected)
+
+
+def run_ptx(text: str, words: torch.Tensor, shift: float, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """A few instructions of PTX on 16-bit lanes: what `ptx` writes, without a GPU."""
+    held: dict[str, torch.Tensor] = {"$1": words.to(torch.int64)}
+    for name, value in (("$2", shift), ("$3", scale)):
+        lane = torch.tensor(value, dtype=dtype).view(torch.int16).long() & 0xFFFF
+        held[name] = (lane | lane << 16).expand(words.shape)
+
+    def value(name: str) -> torch.Tensor:
+        return held[name] if name in held else torch.full(words.shape, int(name, 0))
+
+    def lanes(x: torch.Tensor) -> torch.Tensor:
+        halves = torch.stack((x & 0xFFFF, x >> 16 & 0xFFFF), dim=-1)
+        return (halves - (halves >> 15 << 16)).to(torch.int16).view(dtype).double()
+
+    for line in text.strip("{ }").split(";"):
+        op, _, rest = line.strip().partition(" ")
+        if not op or op == ".reg":
+            continue
+        out, *args = [arg.strip() for arg in rest.split(",")]
+        if op == "mov.b32":
+            held[out] = value(args[0])
+        elif op == "shr.b32":
+            held[out] = value(args[0]) >> int(args[1])
+        elif op == "lop3.b32":
+            a, b, c = (value(arg) for arg in args[:3])
+            table, result = int(args[3], 0), torch.zeros_like(a)
+            for bit in range(8):
+                if table >> bit & 1:
+                    terms = [x if bit >> (2 - i) & 1 else ~x for i, x in enumerate((a, b, c))]
+                    result |= terms[0] & terms[1] & terms[2]
+            held[out] = result & 0xFFFFFFFF
+        else:
+            assert op == ("fma.rn.bf16x2" if dtype == torch.bfloat16 else "fma.rn.f16x2"), op
+            a, b, c = (lanes(value(arg)) for arg in args)
+            bits = (a * b + c).to(dtype).view(torch.int16).long() & 0xFFFF
+            held[out] = bits[..., 0] | bits[..., 1] << 16
+    return lanes(held["$0"])
+
+
+@directly
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_ptx_gives_what_its_twin_gives(dtype: torch.dtype) -> None:
+    """For all 65536 words, each beside another one, every chunk and several zero points: exact integers."""
+    low = torch.arange(1 << 16)
+    words = low | low.flip(0) << 16
+    for i in range(16 // BITS):
+        codes = torch.stack((low, low.flip(0)), dim=-1) >> (BITS * i) & ((1 << BITS) - 1)
+        for zero in (0, -(1 << (BITS - 1)), 3, (1 << (BITS - 1)) - 1):
+            shift = -packed_matmul.offset(BITS, dtype == torch.bfloat16, True) - zero
+            expected = codes.double() - packed_matmul.offset(BITS, False, False) - zero
+            for scaled, scale in ((False, 1.0), (True, 0.0371)):
+                text = packed_matmul.ptx(BITS, i, dtype == torch.bfloat16, scaled)
+                wanted = (expected * torch.tensor(scale, dtype=dtype).double()).to(dtype).double()
+                assert torch.equal(run_ptx(text, words, shift, scale, dtype), wanted)
+
+
+# ----------------------------------------------------------------------------- the kernel
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forms(case: Case, dtype: torch.dtype, device: str) -> None:
+    if INTERPRETED and dtype == torch.float32 and CASES.index(case) % 3:
+        pytest.skip("a third of them in float32")
+    if INTERPRETED or device == "cuda":
+        check(case, BITS, dtype, device)
+    arguments = inputs(case, BITS, dtype, device)
+    shared: dict[str, Any] = {"group": case.group or case.I, "bias": arguments["bias"], "swiglu": case.swiglu}
+    stored = arguments["packed"], arguments["scales"], arguments["zeros"]
+    for layout in (stored, int8_prepack(*stored)):
+        if case.experts:
+            y = int8_matmul_experts(arguments["x"], *layout, offsets=arguments["offsets"], **shared)
+        else:
+            y = int8_matmul(arguments["x"], *layout, residual=arguments["residual"], **shared)
+        plain = packed_matmul.reference(**arguments, bits=BITS, swiglu=case.swiglu)
+        judge(y, plain, exact(case, BITS, arguments))
+        assert y.is_contiguous()
+
+
+@kernel
+@settings(max_examples=12 if BITS == 4 else 6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(cases())
+def test_any_shape(case: Case) -> None:
+    check(case, BITS, torch.float16, "cpu")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1, 4, 16, 33, 64, 100] if BITS == 4 else [1, 33, 100])
+def test_real_launch_shapes(rows: int, device: str) -> None:
+    """As the wrapper cuts them, leading axes and strides of x kept; also with the scales in another dtype."""
+    case = Case(rows, 150, 512, 128, zeros=True)
+    arguments = inputs(case, BITS, torch.float16, device)
+    stored = arguments["packed"], arguments["scales"], arguments["zeros"]
+    x = arguments["x"].unsqueeze(0).expand(2, -1, -1).transpose(0, 1)
+    y = int8_matmul(x, *stored, group=128)
+    truth = exact(case, BITS, arguments)
+    plain = packed_matmul.reference(**arguments, bits=BITS, swiglu=False)
+    for each in y.unbind(1):
+        judge(each, plain, truth)
+    wide = int8_matmul(x, stored[0], stored[1].float(), stored[2], group=128)
+    judge(wide[:, 0], plain, truth)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device: str) -> None:
+    for case in (CASES[3], CASES[8]):
+        given = inputs(case, BITS, torch.float32 if device == "cpu" else torch.float16, device)
+        arguments = (*given.values(), BITS, case.group or case.I, case.swiglu)
+        torch.library.opcheck(packed_matmul.packed_matmul, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@directly
+def test_torch_compile_takes_it_whole() -> None:
+    case = inputs(CASES[1], BITS, torch.float32, "cpu")
+    arguments = case["x"], case["packed"], case["scales"], case["zeros"]
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * int8_matmul(x + 1, *arguments[1:], group=128, bias=case["bias"])
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(case["x"]), twice(case["x"]))
+
+
+MUTANTS = {  # name: kernel, what is replaced, by what
+    "order of the integers in a word": ("numbers", "(bits * i)", "(16 - bits - bits * i)"),
+    "mask of a code too narrow": ("numbers", "(1 << bits) - 1", "(1 << (bits - 1)) - 1"),
+    "scale not applied where weights are": ("numbers", "(number * scale).to(dtype) if fold else number", "number"),
+    "sign of the zero point": ("product", "shift -= tl.load(zeros", "shift += tl.load(zeros"),
+    "scale of the next group": ("product", "column, inputs - 1) // group", "column + group, inputs - 1) // group"),
+    "columns of the next chunk": ("product", "columns = column + j", "columns = column + chunk + j"),
+    "no mask behind the last column": ("product", "there[:, None] & (columns < inputs)[None, :]", "there[:, None]"),
+    "a row too many": ("packed_kernel", "block * rows, N", "block * rows, N + 1"),
+    "a group's part kept for the next": (
+        "product", "[:, None]\n                    part = tl.zeros([outs, rows], tl.float32)", "[:, None]",
+    ),
+    "scale of the row forgotten": ("product", "if per_scale == 0:\n        acc *=", "if False:\n        acc *="),
+    "stride of x ignored": ("product", "n[:, None] * x_row", "n[:, None] * inputs"),
+    "a split too few": ("joined", "range(splits)", "range(splits - 1)"),
+    "a split summed twice": ("joined", "tl.cast(k, tl.int64) * plane", "tl.cast(tl.maximum(k, 1), tl.int64) * plane"),
+    "joined too early": ("packed_kernel", "== splits - 1", "== splits - 2"),
+    "counter left as it is": ("packed_kernel", "tl.store(tally, 0)", "pass"),
+    "gate and up exchanged": ("packed_kernel", "acc / (1.0 + tl.exp(-acc)) * up", "up / (1.0 + tl.exp(-up)) * acc"),
+    "bias of the gate for both": ("packed_kernel", "bias + outputs + o", "bias + o"),
+    "stride of the residual": ("packed_kernel", "n[None, :] * residual_row", "n[None, :] * y_row"),
+    "outputs behind the last written": (
+        "packed_kernel", "inside = (o < outputs)[:, None] & there", "inside = (o < outputs + 1)[:, None] & there",
+    ),
+    "the wrong expert's matrix": ("packed_kernel", "words += expert * words_expert", "pass"),
+    "an empty expert has a block": ("packed_kernel", "(upto <= block)", "(upto < block)"),
+}  # fmt: skip
+if BITS == 8:  # the kernel is the same: what differs is tried
+    MUTANTS = {name: mutant for name, mutant in MUTANTS.items() if mutant[0] in ("numbers", "product")}
+FOLDED = Case(9, 20, 192, 64, True, path=8, fold=True)
+SHORT = (CASES[5]._replace(zeros=True), FOLDED, CASES[8], *CASES[1:5])  # writing outside shows before it does harm
+
+
+def check_short() -> None:
+    for case in SHORT:
+        check(case, BITS, torch.float16, "cpu")
+
+
+@kernel
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, right, wrong = MUTANTS[name]
+    put_in(monkeypatch, tmp_path, packed_matmul, where, right, wrong)
+    monkeypatch.setattr(packed_matmul, "COUNTER", {})
+
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        check_short()
+
+
+@kernel
+def test_short_cases_pass_without_a_mutant() -> None:
+    check_short()
+
+
+@kernel
+def test_bfloat16_is_refused_by_the_interpreter() -> None:
+    case = inputs(CASES[0], BITS, torch.bfloat16, "cpu")
+    with pytest.raises(NotImplementedError, match="use float16"):
+        int8_matmul(case["x"], case["packed"], case["scales"], group=128)
+
+
+@directly
+@needs_triton
+def test_in_the_interpreter() -> None:
+    rerun(__file__, at_least=len(MUTANTS) + len(CASES))
+
+
+# ----------------------------------------------------------------------------- around it
+
+
+@directly
+def test_torch_computes_on_the_cpu() -> None:
+    """torch's own operator is used where it fits, within the rule."""
+    dtype = torch.bfloat16
+    for group in (32, 64, 128, 256, None) if BITS == 4 else (None,):
+        case = Case(5, 64, 512, group)
+        arguments = inputs(case, BITS, dtype, "cpu")
+        given = arguments["x"], arguments["packed"], arguments["scales"]
+        used = packed_matmul.on_cpu(*given, None, BITS, group or 512)
+        assert used is not None
+        assert torch.equal(public(*given, group=group or 512), used)
+        judge(used, packed_matmul.reference(**arguments, bits=BITS, swiglu=False), exact(case, BITS, arguments))
+
+
+@directly
+def test_tensors_that_do_not_fit_are_named() -> None:
+    case = inputs(Case(2, 6, 64, 32, zeros=True), BITS, torch.float32, "cpu")
+    good = {name: case[name] for name in ("x", "packed", "scales", "zeros")} | {"group": 32}
+    for fault, change in {
+        "groups of 48 do not divide": {"group": 48},
+        r"scales must be \[6, 2\]": {"scales": case["scales"][:, :1]},
+        r"packed must be": {"packed": case["packed"][:, :-1]},
+        "packed integers are uint8 or int32": {"packed": case["packed"].to(torch.int64)},
+        "zeros are int8": {"zeros": case["zeros"].float()},
+        "bias must be torch.float32": {"bias": torch.zeros(6, dtype=torch.float16)},
+        r"residual must be \[2, 6\]": {"residual": torch.zeros(2, 5)},
+        "scales must be contiguous": {"scales": case["scales"].T.contiguous().T},
+        "cannot be halved": {"swiglu": True, **{k: case[k][:5] for k in ("packed", "scales", "zeros")}},
+    }.items():
+        with pytest.raises(ValueError, match=fault):
+            int8_matmul(**(good | change))
+    lead = {name: case[name][None] for name in ("packed", "scales", "zeros")}
+    with pytest.raises(ValueError, match="offsets are int32"):
+        int8_matmul_experts(case["x"], **lead, offsets=torch.tensor([0, 2]), group=32)
+
+
+@directly
+@needs_triton
+@pytest.mark.parametrize("rows", packed_matmul.PATHS)
+def test_instructions_on_hopper(rows: int) -> None:
+    """Weights come 16 bytes at a time, are never converted, and tensor cores multiply them."""
+    target = TARGETS[2]
+    for dtype in (torch.bfloat16, torch.float16):
+        built = compile(packed_matmul.variant(target, BITS, dtype, rows, 16 // BITS, zeros=True), target)
+        assert built.count("LDGSTS.*128") > 0
+        assert built.count("I2F") == 0
+        assert built.count("HMMA" if rows == 8 else "HGMMA") >= 4
+        assert built.spilled == 0
+
+
+@directly
+@needs_triton
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+def test_tensor_cores_multiply_many_rows_everywhere(target: Target) -> None:
+    """A compiler that gives up leaves a trap behind, and nothing else."""
+    rows = packed_matmul.path_of(128, target)
+    built = compile(packed_matmul.variant(target, BITS, torch.bfloat16, rows, 16 // BITS), target)
+    assert built.count("HMMA|HGMMA|UTC.*MMA|v_mfma") >= 4
+    assert built.shared <= target.shared
