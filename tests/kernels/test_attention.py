@@ -298,7 +298,7 @@ MUTANTS = {  # name: (kernel, what is replaced, by what, how often it stands the
     "query's bound taken for the row's": (
         "sight",
         "prefix_row + i * prefix_query",
-        "prefix_row",
+        "prefix_row + i * 0",
         1,
         "packed",
     ),
