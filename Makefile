@@ -28,7 +28,7 @@ demo: .venv/.run ## ask the embedded model in English and in Chinese, and have i
 	$(call run,glm infill "Attention is [MASK]. Every query is compared with every visible key.")
 
 test: .venv/.test ## all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-slow: .venv/.test ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -153,7 +153,7 @@ def test_the_largest_numbers_are_numbers() -> None:
 
 def exported(model: nn.Module, table: list[Stored], dtype: torch.dtype | None = None) -> list[Outgoing]:
     tensors = model.state_dict()
-    return export(table, tensors, tensors.__getitem__, lambda _: dtype)
+    return export(table, tensors, lambda stored: stored.on_disk(tensors[stored.parameter]), lambda _: dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 3, PIECE // 3 - 1, PIECE // 3, PIECE // 3 + 1, 5_000_000])
