@@ -59,7 +59,7 @@ def main() -> None:
             "rows": rows(TINY, asked, forms, learnt),
         },
         {
-            "what": "tiny-glm continuing its passages, to which it was trained in another way (GPTQ reads 32 other questions):",
+            "what": "tiny-glm continuing its passages, learnt in another way (GPTQ reads 32 other questions):",
             "rows": rows(TINY, passages, forms, learnt),
         },
     ]

@@ -603,9 +603,7 @@ def variant(kernel: Any, tiles: Tiles, dtype: torch.dtype, channels: int, bounde
     kept = {name: kind for name, kind in types.items() if name not in values}
     odd = {"T", "S", "H", "heads", "length_row", "start_row", "start_query"}
     odd |= {"prefix_row", "prefix_query", "segment_row", "segment_query"} | (set() if bounded else set(bounds))
-    return Variant(
-        label, kernel, kept, values, options(tiles), odd, hot=dtype != torch.float32, twin=dtype == torch.float16
-    )
+    return Variant(label, kernel, kept, values, options(tiles), odd, hot=dtype != torch.float32)
 
 
 # ----------------------------------------------------------------------------- wrapper

@@ -34,7 +34,6 @@ class Variant:
     options   num_warps, num_stages …
     unaligned names of integers and pointers not known to be multiples of 16 (which launches usually are)
     hot       whether its speed matters so that no register may spill
-    twin      whether another variant is the same but for bfloat16 instead of float16: the quick tests leave it out
     """
 
     label: str
@@ -44,12 +43,16 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     unaligned: Iterable[str] = ()
     hot: bool = True
-    twin: bool = False
 
     @property
     def name(self) -> str:
         """Of the kernel and of the variant."""
         return f"{self.kernel.fn.__name__} {self.label}"
+
+    @property
+    def twin(self) -> bool:
+        """Whether it is float16, which differs from bfloat16 in the type of some instructions: quick tests skip it."""
+        return "*fp16" in self.types.values()
 
 
 @dataclass(frozen=True)
