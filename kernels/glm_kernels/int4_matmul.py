@@ -20,8 +20,8 @@ Rounding with `norm`. The reference takes the norm in float32, with its weight b
 product, in float32 still, by 1 / sqrt(mean x² + eps) before the bias: as many roundings, elsewhere. So what it rounds
 is not normalised yet. In float16 that is infinite from |x norm| = 65520 on, where the reference is not, and has fewer
 digits below 2⁻¹⁴ ≈ 6·10⁻⁵: take `rms_norm` first where a model's activations go so far. bfloat16 has the range of
-float32. Every block of outputs sums the squares of its rows anew: for a few rows that hides behind the weights, for
-many it is work that `rms_norm` does once.
+float32. Every block of outputs weights its rows and sums their squares anew, which `rms_norm` does once: what is saved
+is a launch, and writing and reading x, 4 N I bytes.
 """
 
 from torch import Tensor
