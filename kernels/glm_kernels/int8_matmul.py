@@ -4,6 +4,7 @@
     y[n, o] = Σ_i x[n, i] W[o, i] + b[o]
     swiglu:   y = silu(g) u, with g and u the first and the second half of x Wᵀ + b    (arXiv:2002.05202)
     residual: y = r + …
+    norm:     x ⊙ norm / sqrt(mean x² + eps) in the place of x, the RMSNorm before the product    (arXiv:1910.07467)
 
 Bytes of N rows: 1 O I of integers, (2 to 4) O I / group of scales, 2 N (I + O) of x and y. Flops: 2 N O I. With one
 row that is 2 flops a byte and memory is the bound; on a Hopper GPU it is until about 90 rows.
@@ -13,6 +14,14 @@ Layout: x [..., I], its rows at any one stride; the matrix as stored, codes q + 
 The kernel takes float16 and bfloat16, groups that are multiples of 32 or a whole row; the reference takes the rest. On
 the CPU torch's own operator for packed integers computes the plain product where it fits. There are no gradients.
 The kernel is in `packed_matmul.py`.
+
+Rounding with `norm`. The reference takes the norm in float32, with its weight before the cast as
+`rms_norm(…, weight_first=True)` does, and rounds once to the dtype of x. The kernel rounds x ⊙ norm once and scales the
+product, in float32 still, by 1 / sqrt(mean x² + eps) before the bias: as many roundings, elsewhere. So what it rounds
+is not normalised yet. In float16 that is infinite from |x norm| = 65520 on, where the reference is not, and has fewer
+digits below 2⁻¹⁴ ≈ 6·10⁻⁵: take `rms_norm` first where a model's activations go so far. bfloat16 has the range of
+float32. Every block of outputs weights its rows and sums their squares anew, which `rms_norm` does once: what is saved
+is a launch, and writing and reading x, 4 N I bytes.
 """
 
 from torch import Tensor
@@ -25,15 +34,15 @@ BITS = 8
 
 def int8_matmul_reference(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None = None, *, group: int, bias: Tensor | None = None,
-    residual: Tensor | None = None, swiglu: bool = False,
+    residual: Tensor | None = None, swiglu: bool = False, norm: Tensor | None = None, eps: float | None = None,
 ) -> Tensor:  # fmt: skip
     """`int8_matmul` in plain torch: the matrix is written out in the dtype of x."""
-    return packed_matmul.reference(x, packed, scales, zeros, bias, residual, None, BITS, swiglu)
+    return packed_matmul.reference(x, packed, scales, zeros, bias, residual, norm, eps, None, BITS, swiglu)
 
 
 def int8_matmul(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None = None, *, group: int, bias: Tensor | None = None,
-    residual: Tensor | None = None, swiglu: bool = False,
+    residual: Tensor | None = None, swiglu: bool = False, norm: Tensor | None = None, eps: float | None = None,
 ) -> Tensor:  # fmt: skip
     """y = x Wᵀ + bias, see the top of this file.
 
@@ -47,6 +56,8 @@ def int8_matmul(
         bias: [O], in the dtype of x.
         residual: [..., O], or of half the width with `swiglu`; added at the end.
         swiglu: The first half of the outputs is the gate of the second.
+        norm: [I], in the dtype of x: the weight of an RMSNorm of x before the product.
+        eps: Added to that norm's mean square; given with `norm` only.
 
     Returns:
         y [..., O], or [..., O / 2] with `swiglu`, contiguous and in the dtype of x.
@@ -54,8 +65,10 @@ def int8_matmul(
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit.
     """
-    packed_matmul.check(x, packed, scales, zeros, bias, residual, None, BITS, group, swiglu)
-    y: Tensor = packed_matmul.packed_matmul(x, packed, scales, zeros, bias, residual, None, BITS, group, swiglu)
+    packed_matmul.check(x, packed, scales, zeros, bias, residual, norm, eps, None, BITS, group, swiglu)
+    y: Tensor = packed_matmul.packed_matmul(
+        x, packed, scales, zeros, bias, residual, norm, eps, None, BITS, group, swiglu
+    )
     return y
 
 
@@ -78,8 +91,10 @@ def int8_matmul_experts(
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit.
     """
-    packed_matmul.check(x, packed, scales, zeros, bias, None, offsets, BITS, group, swiglu)
-    y: Tensor = packed_matmul.packed_matmul(x, packed, scales, zeros, bias, None, offsets, BITS, group, swiglu)
+    packed_matmul.check(x, packed, scales, zeros, bias, None, None, None, offsets, BITS, group, swiglu)
+    y: Tensor = packed_matmul.packed_matmul(
+        x, packed, scales, zeros, bias, None, None, None, offsets, BITS, group, swiglu
+    )
     return y
 
 

@@ -16,6 +16,11 @@ many (`fold`) the weights are, in their own dtype. A scale of a whole row waits 
 
 Few rows do not fill a device with programs, so the columns are split between several. Each leaves its part in float32;
 the last one to be done adds them, always in the same order: results do not depend on which was last.
+
+An RMSNorm before the product: its factor of a row, r = 1 / sqrt(mean x² + eps), commutes with the product,
+(r x ⊙ norm) Wᵀ = r ((x ⊙ norm) Wᵀ). So x is multiplied by the norm's weight where it is loaded, in float32, and rounded
+once; the squares are summed beside the product, and r waits until the end. A split's squares cover its own columns
+only, so it leaves them too. Every block of outputs sums the squares of its rows anew.
 """
 
 from typing import Any, NamedTuple
@@ -25,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glm_kernels.dispatch import INTERPRETED, Target, jit, takes_kernel, target, tl, triton
+from glm_kernels.norms import rms_norm_reference
 from glm_kernels.packing import CHUNK, Prepacked, as_bytes, dequantised, prepack, unprepack
 from glm_kernels.variants import POINTERS, Variant
 
@@ -83,18 +89,22 @@ def numbers(  # type: ignore[no-untyped-def]
 
 @jit
 def product(  # type: ignore[no-untyped-def]
-    x, words, scales, zeros, n, there, o, outputs, inputs, first, last,
+    x, words, scales, zeros, norm, n, there, o, outputs, inputs, first, last,
     x_row, words_tile, scales_group,
     bits: tl.constexpr, group: tl.constexpr, per_scale: tl.constexpr, rows: tl.constexpr, outs: tl.constexpr,
-    chunk: tl.constexpr, fold: tl.constexpr, asm: tl.constexpr,
+    chunk: tl.constexpr, fold: tl.constexpr, asm: tl.constexpr, count: tl.constexpr,
 ):  # fmt: skip
-    """W xᵀ over the tiles from `first` to `last`, for outputs o and rows n: float32 [outs, rows]."""
+    """W (x ⊙ norm)ᵀ over the tiles from `first` to `last`, for outputs o and rows n: float32 [outs, rows].
+
+    And the sums of the squares of x, [rows], which stay 0 without `count`.
+    """
     dtype = x.dtype.element_ty
     chunks: tl.constexpr = 16 // bits
     j = tl.arange(0, chunk)
     inside = o < outputs
     acc = tl.zeros([outs, rows], tl.float32)
     part = tl.zeros([outs, rows], tl.float32)
+    square = tl.zeros([rows, chunk], tl.float32)
     for t in tl.range(first, last):
         w = tl.load(
             words + tl.cast(t, tl.int64) * words_tile + (o[:, None] * chunk + j[None, :]), mask=inside[:, None], other=0
@@ -119,6 +129,12 @@ def product(  # type: ignore[no-untyped-def]
             x_tile = tl.load(
                 x + n[:, None] * x_row + columns[None, :], mask=there[:, None] & (columns < inputs)[None, :], other=0.0
             )
+            if norm is not None:
+                raw = x_tile.to(tl.float32)
+                if count:
+                    square += raw * raw
+                weight = tl.load(norm + columns, mask=columns < inputs, other=0.0).to(tl.float32)
+                x_tile = (raw * weight[None, :]).to(dtype)
             if fold or per_scale == 0:
                 acc = tl.dot(q, tl.trans(x_tile), acc, input_precision="ieee")
             else:
@@ -128,7 +144,7 @@ def product(  # type: ignore[no-untyped-def]
                     part = tl.zeros([outs, rows], tl.float32)
     if per_scale == 0:
         acc *= tl.load(scales + o, mask=inside, other=0.0).to(tl.float32)[:, None]
-    return acc
+    return acc, tl.sum(square, 1)
 
 
 @jit
@@ -144,10 +160,19 @@ def joined(  # type: ignore[no-untyped-def]
 
 
 @jit
+def joined_squares(squares, n, there, plane, splits, rows: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The same of the rows' squares."""
+    square = tl.zeros([rows], tl.float32)
+    for k in range(splits):
+        square += tl.load(squares + tl.cast(k, tl.int64) * plane + n, mask=there, other=0.0, cache_modifier=".cg")
+    return square
+
+
+@jit
 def packed_kernel(  # type: ignore[no-untyped-def]
-    x, words, scales, zeros, bias, residual, y, partial, counter, offsets,
+    x, words, scales, zeros, bias, residual, norm, y, partial, squares, counter, offsets,
     x_row, residual_row, y_row, words_tile, words_expert, scales_group, scales_expert, bias_expert,
-    N, outputs, inputs, tiles_each, splits,
+    N, outputs, inputs, tiles_each, splits, eps,
     bits: tl.constexpr, group: tl.constexpr, per_scale: tl.constexpr, rows: tl.constexpr, outs: tl.constexpr,
     chunk: tl.constexpr, fold: tl.constexpr, gated: tl.constexpr, split: tl.constexpr, experts: tl.constexpr,
     asm: tl.constexpr,
@@ -185,15 +210,15 @@ def packed_kernel(  # type: ignore[no-untyped-def]
     last = tl.minimum(first + tiles_each, tiles)
     if experts != 0:
         last = tl.where(end > first_row, last, first)
-    acc = product(
-        x, words, scales, zeros, n, there, o, outputs, inputs, first, last,
-        x_row, words_tile, scales_group, bits, group, per_scale, rows, outs, chunk, fold, asm,
+    acc, square = product(
+        x, words, scales, zeros, norm, n, there, o, outputs, inputs, first, last,
+        x_row, words_tile, scales_group, bits, group, per_scale, rows, outs, chunk, fold, asm, True,
     )  # fmt: skip
     up = acc
     if gated:
-        up = product(
-            x, words, scales, zeros, n, there, o + outputs, height, inputs, first, last,
-            x_row, words_tile, scales_group, bits, group, per_scale, rows, outs, chunk, fold, asm,
+        up, _ = product(
+            x, words, scales, zeros, norm, n, there, o + outputs, height, inputs, first, last,
+            x_row, words_tile, scales_group, bits, group, per_scale, rows, outs, chunk, fold, asm, False,
         )  # fmt: skip
     inside = (o < outputs)[:, None] & there[None, :]
 
@@ -204,6 +229,10 @@ def packed_kernel(  # type: ignore[no-untyped-def]
         tl.store(at, acc, mask=inside)
         if gated:
             tl.store(at + outputs, up, mask=inside)
+        if norm is not None:  # [splits, blocks of outputs, N]: who adds them up is of the same block
+            squares += tl.program_id(1).to(tl.int64) * N
+            squares_plane = tl.num_programs(1).to(tl.int64) * N
+            tl.store(squares + part * squares_plane + n, square, mask=there)
         tl.debug_barrier()
         tally = counter + block * tl.num_programs(1) + tl.program_id(1)
         finished = tl.atomic_add(tally, 1) == splits - 1
@@ -212,7 +241,14 @@ def packed_kernel(  # type: ignore[no-untyped-def]
             acc = joined(partial, n, there, o, outputs, plane, height, splits, rows, outs)
             if gated:
                 up = joined(partial + outputs, n, there, o, outputs, plane, height, splits, rows, outs)
+            if norm is not None:
+                square = joined_squares(squares, n, there, squares_plane, splits, rows)
     if finished:
+        if norm is not None:
+            r = tl.rsqrt(square / inputs + eps)[None, :]
+            acc *= r
+            if gated:
+                up *= r
         if bias is not None:
             acc += tl.load(bias + o, mask=o < outputs, other=0.0).to(tl.float32)[:, None]
         if gated:
@@ -292,7 +328,7 @@ def options(shape: Shape) -> dict[str, Any]:
 
 def launch(
     x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    y: Tensor, offsets: Tensor | None, *, bits: int, group: int, gated: bool,
+    norm: Tensor | None, y: Tensor, offsets: Tensor | None, *, bits: int, group: int, gated: bool, eps: float = 0.0,
     shape: Shape | None = None, splits: int | None = None,
 ) -> None:  # fmt: skip
     """Fill y [N, O]; x [N, I] and residual [N, O] with rows at any stride, the rest as `prepack` made it."""
@@ -308,10 +344,12 @@ def launch(
     splits = 1 if experts or row_blocks * out_blocks > COUNTERS else splits
     each = -(-tiles // splits)
     splits = -(-tiles // each)
-    partial = counter = None
+    partial = squares = counter = None
     if splits > 1:
         partial = x.new_empty(splits, N, outputs * (1 + gated), dtype=torch.float32)
         counter = counter_for(x)
+        if norm is not None:
+            squares = x.new_empty(splits, out_blocks, N, dtype=torch.float32)
     padded, per_scale = 0, chunks_a_scale(group, inputs, bits)
     if offsets is not None:
         padded = max(1, 1 << (experts - 1).bit_length())
@@ -319,11 +357,11 @@ def launch(
     asm = device.backend == "cuda" and not INTERPRETED
     with torch.cuda.device_of(x):
         packed_kernel[(row_blocks, out_blocks, splits)](
-            x, words, scales, zeros, bias, residual, y, partial, counter, offsets,
+            x, words, scales, zeros, bias, residual, norm, y, partial, squares, counter, offsets,
             x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0),
             words.stride(-3), words.stride(0) if experts else 0, scales.stride(-2), scales.stride(0) if experts else 0,
             bias.stride(0) if bias is not None and experts else 0,
-            N, outputs, inputs, each, splits,
+            N, outputs, inputs, each, splits, eps,
             bits, group if per_scale else 0, per_scale, shape.rows, shape.outs, CHUNK, shape.fold, gated, splits > 1,
             padded, asm, **options(shape),
         )  # fmt: skip
@@ -331,21 +369,22 @@ def launch(
 
 def variant(
     device: Target, bits: int, dtype: torch.dtype, rows: int, per_scale: int, *,
-    zeros: bool = False, bias: bool = False, residual: bool = False, gated: bool = False, experts: int = 0,
+    zeros: bool = False, bias: bool = False, residual: bool = False, norm: bool = False, gated: bool = False,
+    experts: int = 0,
 ) -> Variant:  # fmt: skip
     """The kernel as a launch on this path compiles it."""
     shape = shape_of_launch(rows, device)
     split = shape.splits > 1 and not experts
     given = {
-        "x": True, "words": True, "scales": True, "zeros": zeros, "bias": bias, "residual": residual, "y": True,
-        "partial": split, "counter": split, "offsets": experts > 0,
+        "x": True, "words": True, "scales": True, "zeros": zeros, "bias": bias, "residual": residual,
+        "norm": norm, "y": True, "partial": split, "squares": split and norm, "counter": split, "offsets": experts > 0,
     }  # fmt: skip
-    special = {"words": "*i16", "partial": "*fp32", "counter": "*i32", "offsets": "*i32"}
+    special = {"words": "*i16", "partial": "*fp32", "squares": "*fp32", "counter": "*i32", "offsets": "*i32"}
     types = {name: special.get(name, POINTERS[dtype]) for name, there in given.items() if there}
     types |= dict.fromkeys(
         ["x_row", "residual_row", "y_row", "words_tile", "words_expert", "scales_group", "scales_expert", "bias_expert",
          "N", "outputs", "inputs", "tiles_each", "splits"], "i32",
-    )  # fmt: skip
+    ) | {"eps": "fp32"}  # fmt: skip
     values: dict[str, Any] = {name: None for name, there in given.items() if not there}
     values |= {
         "bits": bits, "group": per_scale * CHUNK, "per_scale": per_scale, "rows": rows, "outs": shape.outs,
@@ -353,7 +392,10 @@ def variant(
         "gated": gated, "split": split, "experts": experts, "asm": device.backend == "cuda",
     }  # fmt: skip
     scale = "row" if per_scale == 0 else f"group {per_scale * CHUNK}"
-    more = {"asymmetric": zeros, "bias": bias, "residual": residual, "swiglu": gated, f"{experts} experts": experts}
+    more = {
+        "asymmetric": zeros, "bias": bias, "residual": residual, "norm": norm, "swiglu": gated,
+        f"{experts} experts": experts,
+    }  # fmt: skip
     label = " ".join([f"int{bits}", POINTERS[dtype][1:], f"rows {rows}", scale, *(k for k, v in more.items() if v)])
     return Variant(label, packed_kernel, types, values, options(shape), unaligned={"N", "tiles_each", "splits"})
 
@@ -372,6 +414,7 @@ def variants_of(bits: int, device: Target) -> list[Variant]:
         found.append(variant(device, bits, torch.bfloat16, rows, most, zeros=True, bias=True))
         found.append(variant(device, bits, torch.bfloat16, rows, most, gated=True))
         found.append(variant(device, bits, torch.bfloat16, rows, most, residual=True))
+        found += [variant(device, bits, torch.bfloat16, rows, most, norm=True, gated=gated) for gated in (False, True)]
         found.append(variant(device, bits, torch.bfloat16, rows, most, gated=True, experts=128))
         found.append(variant(device, bits, torch.float16, rows, most))
         found.append(variant(device, bits, torch.float16, rows, 0, bias=True))
@@ -405,11 +448,17 @@ def stored(
     )
 
 
+def normed(x: Tensor, norm: Tensor | None, eps: float | None) -> Tensor:
+    """RMSNorm(x), in float32 and rounded once, or x where there is no norm."""
+    return x if norm is None or eps is None else rms_norm_reference(x, norm, eps, weight_first=True)
+
+
 def reference(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    offsets: Tensor | None, bits: int, swiglu: bool,
+    norm: Tensor | None, eps: float | None, offsets: Tensor | None, bits: int, swiglu: bool,
 ) -> Tensor:  # fmt: skip
     """All forms in plain torch, from either layout."""
+    x = normed(x, norm, eps)
     packed, scales, zeros = stored(packed, scales, zeros, bits, x.shape[-1])
     weight = dequantised(packed, scales, zeros, bits, x.dtype)
     if offsets is None:
@@ -460,29 +509,32 @@ def on_cpu(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits
 @torch.library.custom_op("glm_kernels::packed_matmul", mutates_args=())
 def packed_matmul(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    offsets: Tensor | None, bits: int, group: int, swiglu: bool,
+    norm: Tensor | None, eps: float | None, offsets: Tensor | None, bits: int, group: int, swiglu: bool,
 ) -> Tensor:  # fmt: skip
     """Every form of `int4_matmul` and `int8_matmul`, whose arguments fit."""
     inputs = x.shape[-1]
     if not computes(x, inputs, group):
         if offsets is None and bias is None and residual is None and not swiglu:
-            y = on_cpu(x, packed, scales, zeros, bits, group)
+            y = on_cpu(normed(x, norm, eps), packed, scales, zeros, bits, group)
             if y is not None:
                 return y.contiguous()
-        return reference(x, packed, scales, zeros, bias, residual, offsets, bits, swiglu).contiguous()
+        return reference(x, packed, scales, zeros, bias, residual, norm, eps, offsets, bits, swiglu).contiguous()
     if packed.dtype != torch.int16:
         packed, scales, zeros = prepack(packed, scales, zeros, bits=bits)
     outputs = scales.shape[-1] // (1 + swiglu)
     y = x.new_empty(*x.shape[:-1], outputs)
     added = None if residual is None else matrix(residual)
-    launch(matrix(x), packed, scales, zeros, bias, added, matrix(y), offsets, bits=bits, group=group, gated=swiglu)
+    launch(
+        matrix(x), packed, scales, zeros, bias, added, norm, matrix(y), offsets,
+        bits=bits, group=group, gated=swiglu, eps=eps or 0.0,
+    )  # fmt: skip
     return y
 
 
 @packed_matmul.register_fake
 def _(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    offsets: Tensor | None, bits: int, group: int, swiglu: bool,
+    norm: Tensor | None, eps: float | None, offsets: Tensor | None, bits: int, group: int, swiglu: bool,
 ) -> Tensor:  # fmt: skip
     outputs = scales.shape[-1 if packed.dtype == torch.int16 else -2] // (1 + swiglu)
     return x.new_empty(*x.shape[:-1], outputs)
@@ -490,10 +542,14 @@ def _(
 
 def check(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    offsets: Tensor | None, bits: int, group: int, swiglu: bool,
+    norm: Tensor | None, eps: float | None, offsets: Tensor | None, bits: int, group: int, swiglu: bool,
 ) -> None:  # fmt: skip
     """Raise a ValueError unless all fits together."""
     inputs, turned = x.shape[-1], packed.dtype == torch.int16
+    if (norm is None) != (eps is None):
+        raise ValueError("norm, the weight of an RMSNorm before the product, and its eps are given together")
+    if eps is not None and not 0 <= eps < float("inf"):
+        raise ValueError(f"eps is added to a mean square and must be 0 or more, and finite; not {eps}")
     if group < 1 or inputs % group or inputs * bits % 8:
         raise ValueError(f"groups of {group} do not divide the {inputs} columns of x into whole bytes of int{bits}")
     experts = () if offsets is None else (offsets.shape[0] - 1,)
@@ -513,19 +569,19 @@ def check(
     for name, other, shape in (
         ("packed", packed, wanted), ("scales", scales, (*experts, *per_group)),
         ("zeros", zeros, (*experts, *per_group)),
-        ("bias", bias, (*experts, outputs)), ("residual", residual, half),
+        ("bias", bias, (*experts, outputs)), ("residual", residual, half), ("norm", norm, (inputs,)),
     ):  # fmt: skip
         if other is not None and (tuple(other.shape) != shape or other.device != x.device):
             raise ValueError(
                 f"{name} must be {list(shape)} on {x.device} for x {list(x.shape)} in groups of {group}; "
                 f"it is {list(other.shape)} on {other.device}"
             )
-    for name, other in (("bias", bias), ("residual", residual)):
+    for name, other in (("bias", bias), ("residual", residual), ("norm", norm)):
         if other is not None and other.dtype != x.dtype:
             raise ValueError(f"{name} must be {x.dtype} as x is, not {other.dtype}")
     if zeros is not None and not turned and zeros.dtype != torch.int8:
         raise ValueError(f"zeros are int8 on the scale of the signed integers, not {zeros.dtype}")
-    for name, other in (("packed", packed), ("scales", scales), ("zeros", zeros), ("bias", bias)):
+    for name, other in (("packed", packed), ("scales", scales), ("zeros", zeros), ("bias", bias), ("norm", norm)):
         if other is not None and not other.is_contiguous():
             raise ValueError(f"{name} must be contiguous")
     if offsets is not None and (offsets.dtype != torch.int32 or offsets.device != x.device or x.dim() != 2):

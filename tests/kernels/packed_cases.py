@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 SMALL = {8: 32, 16: 16, 32: 16, 64: 32, 128: 32}  # outputs a program in the interpreter, by rows: several programs
 
+EPS = 1e-3  # such that it shows in rows of small numbers
+
 
 class Case(NamedTuple):
     """One product: rows N, outputs O, inputs I; `group` None is the whole row."""
@@ -28,6 +30,7 @@ class Case(NamedTuple):
     splits: int = 1
     experts: tuple[int, ...] = ()  # rows of each
     fold: bool = False
+    norm: bool = False
 
 
 @st.composite
@@ -35,10 +38,11 @@ def cases(draw: Any) -> Case:
     """All paths and forms at small, odd sizes."""
     group = draw(st.sampled_from([None, 32, 64, 96, 128]))
     inputs = 2 * draw(st.integers(1, 90)) if group is None else group * draw(st.integers(1, 3))
-    flags = [draw(st.booleans()) for _ in range(5)]
+    flags = [draw(st.booleans()) for _ in range(6)]
     return Case(
         draw(st.integers(1, 37)), 2 * draw(st.integers(1, 25)) + (0 if flags[3] else draw(st.integers(0, 1))), inputs,
         group, *flags[:4], path=draw(st.sampled_from([8, 16, 32])), splits=draw(st.integers(1, 3)), fold=flags[4],
+        norm=flags[5],
     )  # fmt: skip
 
 
@@ -57,13 +61,18 @@ def inputs(case: Case, bits: int, dtype: torch.dtype, device: str) -> dict[str, 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g).to(device, dtype)
 
+    x = draw(N, case.I) / case.I**0.5
+    if case.norm:  # rows of all sizes: the factor of one is not that of another
+        x *= 10 ** (2 * torch.rand(N, 1, generator=g) - 1).to(device, dtype)
     return {
-        "x": amid(draw(N, case.I) / case.I**0.5),
+        "x": amid(x),
         "packed": packing.pack(q, bits).to(device),
         "scales": scales.to(device, dtype),
         "zeros": zeros.to(device) if case.zeros else None,
         "bias": draw(*lead, case.O) if case.bias else None,
         "residual": amid(draw(N, out), margin=5) if case.residual and not E else None,
+        "norm": amid(1 + draw(case.I) / 2) if case.norm else None,
+        "eps": EPS if case.norm else None,
         "offsets": torch.tensor([0, *case.experts]).cumsum(0).int().to(device) if E else None,
     }
 
@@ -75,8 +84,8 @@ def launched(case: Case, bits: int, given: dict[str, Any]) -> Tensor:
     y = Guarded((len(given["x"]), case.O // 2 if case.swiglu else case.O), given["x"])
     shape = Shape(case.path, SMALL[case.path], case.fold, 4, 2, 16)
     packed_matmul.launch(
-        given["x"], packed, scales, zeros, given["bias"], given["residual"], y.out, given["offsets"], bits=bits,
-        group=group, gated=case.swiglu, shape=shape, splits=case.splits,
+        given["x"], packed, scales, zeros, given["bias"], given["residual"], given["norm"], y.out, given["offsets"],
+        bits=bits, group=group, gated=case.swiglu, eps=given["eps"] or 0.0, shape=shape, splits=case.splits,
     )  # fmt: skip
     assert all((counter == 0).all() for counter in packed_matmul.COUNTER.values())
     return y.written()
@@ -90,6 +99,8 @@ def exact(case: Case, bits: int, given: dict[str, Any]) -> Tensor:
         q = q - given["zeros"].double().repeat_interleave(group, -1)
     w = q * given["scales"].double().repeat_interleave(group, -1)
     x = given["x"].double()
+    if case.norm:
+        x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * given["norm"].double()
     which = torch.zeros(len(x), dtype=torch.long, device=x.device)
     if case.experts:
         which = torch.arange(len(case.experts)).repeat_interleave(torch.tensor(case.experts)).to(x.device)

@@ -25,6 +25,11 @@ CASES = (
     Case(131, 34, 288, 96, zeros=True, swiglu=True, residual=True, path=128, fold=True),
     Case(0, 34, 128, 64, zeros=True, bias=True, swiglu=True, path=8, experts=(3, 0, 9, 1, 0)),
     Case(0, 21, 64, None, path=16, experts=(0, 17, 0)),
+    Case(3, 33, 256, 128, path=8, norm=True),
+    Case(5, 34, 320, 64, bias=True, residual=True, path=8, splits=3, norm=True),
+    Case(17, 40, 96, 32, zeros=True, swiglu=True, path=16, norm=True),
+    Case(35, 34, 384, 96, zeros=True, bias=True, swiglu=True, path=32, splits=2, fold=True, norm=True),
+    Case(2, 21, 50, None, residual=True, path=8, norm=True),
 )
 
 # ----------------------------------------------------------------------------- layouts
@@ -135,15 +140,34 @@ def test_forms(case: Case, dtype: torch.dtype, device: str) -> None:
         check(case, BITS, dtype, device)
     arguments = inputs(case, BITS, dtype, device)
     shared: dict[str, Any] = {"group": case.group or case.I, "bias": arguments["bias"], "swiglu": case.swiglu}
+    normed = {name: arguments[name] for name in ("norm", "eps")}
     stored = arguments["packed"], arguments["scales"], arguments["zeros"]
     for layout in (stored, int8_prepack(*stored)):
         if case.experts:
             y = int8_matmul_experts(arguments["x"], *layout, offsets=arguments["offsets"], **shared)
         else:
-            y = int8_matmul(arguments["x"], *layout, residual=arguments["residual"], **shared)
+            y = int8_matmul(arguments["x"], *layout, residual=arguments["residual"], **normed, **shared)
         plain = packed_matmul.reference(**arguments, bits=BITS, swiglu=case.swiglu)
         judge(y, plain, exact(case, BITS, arguments))
         assert y.is_contiguous()
+
+
+@kernel
+def test_norm_reaches_as_far_as_float16() -> None:
+    """x norm is rounded before it is normalised: 65504 is the last that does not become infinite."""
+    case = Case(1, 8, 32, 32, norm=True)
+    given = inputs(case, BITS, torch.float16, "cpu")
+    given["norm"].fill_(64)
+    for x, fits in ((1023.5, True), (1024.0, False)):
+        given["x"].fill_(x)
+        stored = given["packed"], given["scales"]
+        y = public(given["x"], *stored, group=32, norm=given["norm"], eps=given["eps"])
+        plain = packed_matmul.reference(**given, bits=BITS, swiglu=False)
+        assert plain.isfinite().all()
+        if fits:
+            judge(y, plain, exact(case, BITS, given))
+        else:
+            assert not y.isfinite().any()
 
 
 @kernel
@@ -172,7 +196,7 @@ def test_real_launch_shapes(rows: int, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device: str) -> None:
-    for case in (CASES[3], CASES[8]):
+    for case in (CASES[3], CASES[8], CASES[12]):
         given = inputs(case, BITS, torch.float32 if device == "cpu" else torch.float16, device)
         arguments = (*given.values(), BITS, case.group or case.I, case.swiglu)
         torch.library.opcheck(packed_matmul.packed_matmul, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -217,31 +241,55 @@ MUTANTS = {  # name: kernel, what is replaced, by what
     "the wrong expert's matrix": ("packed_kernel", "words += expert * words_expert", "pass"),
     "an empty expert has a block": ("packed_kernel", "(upto <= block)", "(upto < block)"),
 }  # fmt: skip
+NORM_MUTANTS = {
+    "eps lost": ("packed_kernel", "square / inputs + eps", "square / inputs"),
+    "mean over the tiles, not the inputs": (
+        "packed_kernel", "square / inputs", "square / (tiles * (16 // bits * chunk))",
+    ),
+    "squares of one split only": ("joined_squares", "range(splits)", "range(1)"),
+    "squares left by the first split alone": ("packed_kernel", "squares + part * squares_plane", "squares"),
+    "one row's squares for all": ("joined_squares", "* plane + n,", "* plane + n * 0,"),
+    "squares of what is weighted": (
+        "product", "square += raw * raw",
+        "square += raw * raw * tl.load(norm + columns, mask=columns < inputs, other=0.0).to(tl.float32)",
+    ),
+    "weight of the norm forgotten": ("product", "(raw * weight[None, :])", "raw"),
+    "weight of the next chunk": ("product", "norm + columns, mask", "norm + columns + chunk, mask"),
+    "no mask behind the last weight": (
+        "product", "tl.load(norm + columns, mask=columns < inputs, other=0.0)", "tl.load(norm + columns)",
+    ),
+    "up half not normalised": ("packed_kernel", "up *= r", "pass"),
+}  # fmt: skip
 if BITS == 8:  # the kernel is the same: what differs is tried
-    MUTANTS = {name: mutant for name, mutant in MUTANTS.items() if mutant[0] in ("numbers", "product")}
+    MUTANTS, NORM_MUTANTS = (
+        {name: mutant for name, mutant in mutants.items() if mutant[0] in ("numbers", "product")}
+        for mutants in (MUTANTS, NORM_MUTANTS)
+    )
 FOLDED = Case(9, 20, 192, 64, True, path=8, fold=True)
 SHORT = (CASES[5]._replace(zeros=True), FOLDED, CASES[8], *CASES[1:5])  # writing outside shows before it does harm
 
+NORMED = CASES[11], CASES[14], CASES[12]
 
-def check_short() -> None:
-    for case in SHORT:
+
+def check_short(short: tuple[Case, ...] = SHORT) -> None:
+    for case in short:
         check(case, BITS, torch.float16, "cpu")
 
 
 @kernel
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", [*MUTANTS, *NORM_MUTANTS])
 def test_mutant_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    where, right, wrong = MUTANTS[name]
+    where, right, wrong = (MUTANTS | NORM_MUTANTS)[name]
     put_in(monkeypatch, tmp_path, packed_matmul, where, right, wrong)
     monkeypatch.setattr(packed_matmul, "COUNTER", {})
 
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
-        check_short()
+        check_short(NORMED if name in NORM_MUTANTS else SHORT)
 
 
 @kernel
 def test_short_cases_pass_without_a_mutant() -> None:
-    check_short()
+    check_short(SHORT + NORMED)
 
 
 @kernel
@@ -254,7 +302,7 @@ def test_bfloat16_is_refused_by_the_interpreter() -> None:
 @directly
 @needs_triton
 def test_in_the_interpreter() -> None:
-    rerun(__file__, at_least=len(MUTANTS) + len(CASES))
+    rerun(__file__, at_least=len(MUTANTS) + len(NORM_MUTANTS) + len(CASES))
 
 
 # ----------------------------------------------------------------------------- around it
@@ -272,6 +320,10 @@ def test_torch_computes_on_the_cpu() -> None:
         assert used is not None
         assert torch.equal(public(*given, group=group or 512), used)
         judge(used, packed_matmul.reference(**arguments, bits=BITS, swiglu=False), exact(case, BITS, arguments))
+        arguments = inputs(normed := case._replace(norm=True), BITS, dtype, "cpu")
+        given = arguments["x"], arguments["packed"], arguments["scales"]
+        y = public(*given, group=group or 512, norm=arguments["norm"], eps=arguments["eps"])
+        judge(y, packed_matmul.reference(**arguments, bits=BITS, swiglu=False), exact(normed, BITS, arguments))
 
 
 @directly
@@ -286,6 +338,12 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         "zeros are int8": {"zeros": case["zeros"].float()},
         "bias must be torch.float32": {"bias": torch.zeros(6, dtype=torch.float16)},
         r"residual must be \[2, 6\]": {"residual": torch.zeros(2, 5)},
+        "given together": {"norm": torch.ones(64)},
+        "norm, the weight of an RMSNorm": {"eps": 1e-5},
+        "eps is added to a mean square": {"norm": torch.ones(64), "eps": -1e-5},
+        r"norm must be \[64\]": {"norm": torch.ones(6), "eps": 1e-5},
+        "norm must be torch.float32": {"norm": torch.ones(64).half(), "eps": 1e-5},
+        "norm must be contiguous": {"norm": torch.ones(128)[::2], "eps": 1e-5},
         "scales must be contiguous": {"scales": case["scales"].T.contiguous().T},
         "cannot be halved": {"swiglu": True, **{k: case[k][:5] for k in ("packed", "scales", "zeros")}},
     }.items():
