@@ -251,7 +251,7 @@ def first() -> bool:
 
 
 def together(program: Callable[[], int]) -> int:
-    """Runs a program, which returns its exit status, as one of the processes that torchrun started.
+    """Runs a program, which returns its exit status, as one of the processes that torchrun started; 0 ends the process.
 
     They run it in step: with the same seed, each on its own GPU where there are enough. The first has keyboard and
     screen; what it reads the others are told. They are silent, except for an error that they alone run into.
@@ -275,7 +275,11 @@ def together(program: Callable[[], int]) -> int:
     finally:
         sys.stdin, sys.stdout, sys.stderr = streams
     if status == 0:  # otherwise others may still be waiting for us, and are ended by torchrun
+        distributed.barrier()
         distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # on the usual way out, threads of torch's process groups abort now and then (seen in torch 2.13)
     elif not first():
         time.sleep(5)  # if the first has failed too, it has said why, and we do not live to see the end of this
         print(f"process {os.environ['RANK']}: {said.getvalue()}", end="", file=sys.stderr)

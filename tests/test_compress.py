@@ -164,7 +164,11 @@ def synthetic(folder: Path, layers: int) -> int:
     shapes = GLM(spec, device="meta").state_dict()
     generation = family.recognise({"model_type": "glm", "num_hidden_layers": 1})
     config, tensors = exported(
-        generation, spec, shapes, lambda name: drawn(name, shapes[name], 0), lambda _: torch.bfloat16
+        generation,
+        spec,
+        shapes,
+        lambda stored: drawn(stored.name, stored.part(shapes[stored.parameter]), 0),
+        lambda _: torch.bfloat16,
     )
     save(folder, config, tensors)
     return max(tensor.nbytes for tensor in tensors)
