@@ -397,7 +397,8 @@ def variant(
         f"{experts} experts": experts,
     }  # fmt: skip
     label = " ".join([f"int{bits}", POINTERS[dtype][1:], f"rows {rows}", scale, *(k for k, v in more.items() if v)])
-    return Variant(label, packed_kernel, types, values, options(shape), unaligned={"N", "tiles_each", "splits"})
+    hot = not (norm and rows == PATHS[-1])  # with so many rows a norm of its own costs next to nothing
+    return Variant(label, packed_kernel, types, values, options(shape), {"N", "tiles_each", "splits"}, hot)
 
 
 def variants(device: Target) -> list[Variant]:
