@@ -84,7 +84,7 @@ class Guarded:
 
 
 def judge(
-    ours: Tensor, plain: Tensor | Sequence[Tensor], truth: Tensor, factor: float = 2.0, terms: Tensor | None = None
+    ours: Tensor, plain: Tensor | Sequence[Tensor], truth: Tensor, factor: float = 2.0, rounding: Tensor | None = None
 ) -> None:
     """At most `factor` times the error of plain torch in the same dtype, or of one rounding, in rms and at most.
 
@@ -93,8 +93,8 @@ def judge(
         plain: What plain torch computes in the dtype of `ours`; of several ways to compute it, the worst counts.
         truth: The same in float64.
         factor: The project's rule is 2.
-        terms: The sum of the absolute values of what is added up to `truth`: where terms cancel, as in the gradient of
-            a softmax, one rounding of them, in float32, is what anybody may be off.
+        rounding: What one rounding of each of the terms that are added up to `truth` comes to, where it is not one
+            rounding of `truth`: terms can cancel, as in the gradient of a softmax. Nobody can be nearer than that.
     """
     ways = [plain] if isinstance(plain, Tensor) else plain
     assert all(ours.dtype == way.dtype for way in ways)
@@ -105,10 +105,10 @@ def judge(
 
     for norm in (torch.inf, 2):
         mine, theirs = size(ours - truth, norm), max(size(way - truth, norm) for way in ways)
-        rounding = size(truth, norm) * torch.finfo(ours.dtype).eps / 2
-        if terms is not None:
-            rounding = max(rounding, size(terms, norm) * torch.finfo(torch.float32).eps / 2)
-        bound = factor * max(theirs, rounding)
+        least = size(truth, norm) * torch.finfo(ours.dtype).eps / 2
+        if rounding is not None:
+            least = max(least, size(rounding, norm))
+        bound = factor * max(theirs, least)
         assert mine <= bound, f"{norm}-norm of the error {mine:.3g}, plain torch {theirs:.3g}, bound {bound:.3g}"
 
 

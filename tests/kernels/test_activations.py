@@ -196,7 +196,8 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_reference_is_what_the_model_does(dtype: torch.dtype) -> None:
     """To the bit; float64 stays float64."""
-    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 8, generator=generator).to(dtype)
     branches = {
         "swiglu": ("silu", "identity"),
         "geglu": ("identity", "gelu"),
@@ -207,6 +208,8 @@ def test_reference_is_what_the_model_does(dtype: torch.dtype) -> None:
     for form, names in branches.items():
         module = FeedForward(inner=6, branches=names, bias=False).build(8, Dense()).to(dtype)
         with torch.no_grad():
+            for matrix in module.parameters():
+                matrix.normal_(generator=generator)
             y = FORMS[form][0](module.up(x))
             assert y.dtype == dtype
             assert torch.equal(module.down(y), module(x))

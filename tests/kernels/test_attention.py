@@ -74,10 +74,13 @@ def differentiated(function: Any, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, d
     return [y.detach(), lse.detach(), *grads]
 
 
-def before_they_cancel(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, dlse: Tensor, bounds: Bounds) -> list[Tensor]:
-    """What is added up to y, lse, dq, dk and dv, in absolute values.
+def roundings(
+    q: Tensor, k: Tensor, v: Tensor, dy: Tensor, dlse: Tensor, bounds: Bounds, dtype: torch.dtype
+) -> list[Tensor]:
+    """What roundings of the terms of y, lse, dq, dk and dv come to, all added up in absolute values.
 
-    A rounding of the exponent is, relative to the exponential, as large as the exponent.
+    Terms are rounded in float32. A rounding of the exponent is, relative to the exponential, as large as the exponent.
+    The y in equation (7) has been rounded to the dtype of the results.
     """
     G, heads, scale = k.shape[1], q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
     y, lse = plainly(q, k, v, bounds, fused=False)
@@ -85,10 +88,13 @@ def before_they_cancel(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, dlse: Tensor
     seen = visible(q.shape[2], k.shape[2], bounds, q.device)
     lse = lse.nan_to_num(neginf=0)[..., None]
     s = scale * q.abs() @ k.abs().mT * seen
-    p = (scale * q @ k.mT - lse).exp() * seen * (1 + s + lse.abs())
-    ds = scale * p * (dy.abs() @ v.abs().mT + (dy * y).abs().sum(-1, keepdim=True) + dlse.abs()[..., None])
-    dk, dv = ((x @ other.abs()).unflatten(1, (G, heads)).sum(2) for x, other in ((ds.mT, q), (p.mT, dy)))
-    return [p @ v.abs(), s.amax(-1), ds @ k.abs(), dk, dv]
+    once = (scale * q @ k.mT - lse).exp() * seen
+    p = once * (1 + s + lse.abs())
+    delta = (dy * y).abs().sum(-1, keepdim=True)
+    single, stored = (torch.finfo(x).eps / 2 for x in (torch.float32, dtype))
+    ds = scale * single * p * (dy.abs() @ v.abs().mT + delta + dlse.abs()[..., None]) + scale * stored * once * delta
+    dk, dv = ((x @ other.abs()).unflatten(1, (G, heads)).sum(2) for x, other in ((ds.mT, q), (single * p.mT, dy)))
+    return [single * p @ v.abs(), single * s.amax(-1), ds @ k.abs(), dk, dv]
 
 
 def launched(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, dlse: Tensor, bounds: Bounds) -> list[Tensor]:
@@ -117,7 +123,7 @@ def check(case: Case, dtype: torch.dtype, device: str, twice: bool = True) -> No
     truth = differentiated(lambda *x: plainly(*x, bounds, fused=False), *wide)
     fused = differentiated(lambda *x: plainly(*x, bounds, fused=True), q, k_, v_, dy, dlse)
     parts = differentiated(lambda *x: plainly(*x, bounds, fused=False), q, k_, v_, dy, dlse)
-    terms = before_they_cancel(*wide, bounds)
+    least = roundings(*wide, bounds, dtype)
     runs = []
     if dispatch.takes_kernel(q):  # first, since a broken kernel does no harm between guards
         runs.append(launched(q, k, v, dy, dlse, bounds))
@@ -125,11 +131,11 @@ def check(case: Case, dtype: torch.dtype, device: str, twice: bool = True) -> No
     if twice or not runs:
         runs.append(differentiated(lambda *x: attention(*x, **named, return_lse=True), q, k, v, dy, dlse))
     for ours in runs:
-        for mine, one, other, true, sums in zip(ours, fused, parts, truth, terms, strict=True):
+        for mine, one, other, true, rounding in zip(ours, fused, parts, truth, least, strict=True):
             empty = true.isinf()
             assert torch.equal(mine.isinf(), empty)
             mine, one, other, true = (x.masked_fill(empty, 0) for x in (mine, one, other, true))
-            judge(mine, (one, other), true, terms=sums)
+            judge(mine, (one, other), true, rounding=rounding)
     assert all(torch.equal(*same) for same in zip(runs[0], runs[-1], strict=True))
 
 

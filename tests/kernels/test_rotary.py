@@ -313,7 +313,7 @@ def test_reference_is_what_the_model_does(form: str, dtype: torch.dtype) -> None
 
     ours, theirs = ([torch.zeros(B, G, S, K, dtype=dtype) for _ in range(2)] for _ in range(2))
     q = rotary_append(qkv, cos, sin, *ours, torch.full((B,), filled), widths=widths, pairing=pairing)
-    Slots(tuple(theirs), filled).extend(turned[:, :, H:].transpose(1, 2), v.transpose(1, 2))
+    Slots(tuple(theirs), filled, {}).extend(turned[:, :, H:].transpose(1, 2), v.transpose(1, 2))
     assert torch.equal(q, turned[:, :, :H])
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
