@@ -244,7 +244,7 @@ def show(what: RenderableType) -> None:
 
 def note(text: str) -> None:
     """A line for the person at the keyboard."""
-    Console(stderr=True, highlight=False).print(text, style="dim", markup=False)
+    Console(stderr=True, highlight=False).print(text, style="dim", markup=False, soft_wrap=True)
 
 
 @contextmanager
