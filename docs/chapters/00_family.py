@@ -1,0 +1,9 @@
+# %% [markdown]
+# # The family
+
+# %%
+import glm
+
+releases = glm.releases()
+print(len(releases))
+assert releases
