@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from glm.model import GLM
     from glm.packaged import embedded
     from glm.parallel import tensor_parallel
+    from glm.runtime import Engine
     from glm.spec import Block, Spec
     from glm.tokenizer import Tokenizer
 
@@ -69,6 +70,7 @@ HOMES = {
     "glm.layout": ("Layout",),
     "glm.model": ("GLM",),
     "glm.parallel": ("tensor_parallel",),
+    "glm.runtime": ("Engine",),
     "glm.spec": ("Block", "Spec"),
     "glm.tokenizer": ("Tokenizer",),
 }
@@ -81,6 +83,7 @@ __all__ = [
     "CacheError",
     "CheckpointError",
     "ConfigError",
+    "Engine",
     "GLMError",
     "GenerationError",
     "Layout",

@@ -52,6 +52,7 @@ class Drafter(Protocol):
     """Guesses what comes next; what it remembers of a text is in the function that `start` returns."""
 
     tally: Tally
+    guesses: int
 
     def start(self, model: GLM, ids: Tensor, real: Tensor, length: int) -> Guess:
         """Prompts [B, T], `real` False on padding, which may grow to `length` -> what guesses their continuation."""

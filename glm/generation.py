@@ -27,6 +27,7 @@ from glm.fields import shown
 from glm.layout import Blank, Layout
 from glm.model import GLM
 from glm.norms import wide
+from glm.spec import Spec
 
 Decode = Callable[[list[int]], str]
 
@@ -72,7 +73,7 @@ def generate(
     """
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
     ending = Ending.of(model.spec.stop if stop is None else stop, stop_text, decode, keep_stop)
-    rows = checked(model, prompts, max_new_tokens, chunk)
+    rows = checked(model.spec, prompts, max_new_tokens, chunk)
     new: list[list[int]] = [[] for _ in rows]
     for row, token in continuations(model, rows, max_new_tokens, sampler, seed, ending, chunk, draft):
         new[row].append(token)
@@ -103,7 +104,7 @@ def stream(
     """
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
     ending = Ending.of(model.spec.stop if stop is None else stop, stop_text, decode, keep_stop)
-    rows = checked(model, [prompt], max_new_tokens, chunk)
+    rows = checked(model.spec, [prompt], max_new_tokens, chunk)
     return (token for _, token in continuations(model, rows, max_new_tokens, sampler, seed, ending, chunk, draft))
 
 
@@ -357,9 +358,9 @@ class Row:
         return ready
 
 
-def checked(model: GLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int | None) -> list[list[int]]:
+def checked(spec: Spec, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int | None) -> list[list[int]]:
     """The prompts as lists of ints. Raises GenerationError where they or the lengths cannot be used."""
-    reading = model.spec.reading
+    reading = spec.reading
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise GenerationError(f"max_new_tokens is a whole number from 0, not {max_new_tokens}")
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
@@ -377,9 +378,9 @@ def checked(model: GLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, c
             ) from None
         if not ids:
             raise GenerationError(f"prompt {i} is empty: give at least one id")
-        if strange := [id for id in ids if not 0 <= id < model.spec.vocabulary]:
+        if strange := [id for id in ids if not 0 <= id < spec.vocabulary]:
             raise GenerationError(
-                f"prompt {i} holds the id {strange[0]}, but the model's are 0 … {model.spec.vocabulary - 1}: "
+                f"prompt {i} holds the id {strange[0]}, but the model's are 0 … {spec.vocabulary - 1}: "
                 "is this the model's own tokenizer?"
             )
         if isinstance(reading, Blank) and reading.sop not in ids:
