@@ -7,6 +7,7 @@ Which kernel attends is a matter of the call: a prompt is many queries of one ro
 from typing import Protocol
 
 import torch
+from glm_kernels import attention, decode_attention, decode_latent_attention, rotary, rotary_append
 from torch import Tensor, nn
 
 from glm.attention import AttentionModule, HeadNorms
@@ -17,7 +18,6 @@ from glm.runtime.call import Call, Turns
 from glm.runtime.matrices import Store
 from glm.runtime.norms import FusedNorm
 from glm.runtime.slots import Appending, append
-from glm_kernels import attention, decode_attention, decode_latent_attention, rotary, rotary_append
 
 
 class FusedMixer(Protocol):
@@ -25,7 +25,9 @@ class FusedMixer(Protocol):
 
     def __call__(
         self, h: Tensor, call: Call, buffers: Tensors, *, norm: FusedNorm | None, residual: Tensor | None
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        ...
 
 
 def fused_mixer(module: nn.Module, turns: Turns, store: Store) -> FusedMixer:
@@ -96,7 +98,7 @@ class FusedLatentAttention:
         self.down, self.out = store.matrix(module.down), store.matrix(module.out)
         self.norm = FusedNorm(module.norm)
         N, V = self.spec.plain, self.spec.value
-        self.up = module.up.dense(module.norm.weight.dtype)  # type: ignore[union-attr, operator]
+        self.up = module.up.dense(module.norm.weight.dtype)  # type: ignore[operator]
         self.into, self.from_ = self.up.unflatten(0, (-1, N + V)).split((N, V), dim=1)  # [H N R], [H V R]
 
     def __call__(
@@ -108,7 +110,9 @@ class FusedLatentAttention:
         h = h if norm is None else norm(h)  # two products read it
         N, P, R = self.spec.plain, self.spec.rotary, self.spec.rank
         q = h if self.query_down is None else self.query_down(h)
-        plain, turned = self.query(q, norm=self.query_norm).unflatten(-1, (-1, N + P)).split((N, P), dim=-1)  # [B T H …]
+        plain, turned = (
+            self.query(q, norm=self.query_norm).unflatten(-1, (-1, N + P)).split((N, P), dim=-1)
+        )  # [B T H …]
         c, r = self.down(h).split((R, P), dim=-1)
         append(latents, torch.cat((self.norm(c)[:, :, None], self.turned(r[:, :, None], call)), dim=-1), call.at)
         decode = self.answer_prompt if call.prompt is not None else self.answer
@@ -134,7 +138,9 @@ class FusedLatentAttention:
         assert call.prompt is not None
         N, V, R, P = self.spec.plain, self.spec.value, self.spec.rank, self.spec.rotary
         c, r = latents[:, :, : call.prompt.keys].split((R, P), dim=-1)
-        keys, v = nn.functional.linear(c[:, 0], self.up).unflatten(-1, (-1, N + V)).transpose(1, 2).split((N, V), dim=-1)
+        keys, v = (
+            nn.functional.linear(c[:, 0], self.up).unflatten(-1, (-1, N + V)).transpose(1, 2).split((N, V), dim=-1)
+        )
         k = torch.cat((keys, r.expand(-1, keys.shape[1], -1, -1)), dim=-1)  # [B H S N+P]
         q = torch.cat((plain, turned), dim=-1).transpose(1, 2)
         return attention(q, k, v, prefix=call.prompt.prefix).transpose(1, 2)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from glm.cache import Notes
 from glm.layout import Mask
-from glm.positions import Rotation, Rotary, Unturned
+from glm.positions import Rotary, Rotation, Unturned
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class Turns:
         """For position ids [B, T, A]: (cos, sin), [B, T, Σw/2] each, the axes side by side."""
         if not self.tables:
             return None
-        found = [[table[positions[..., axis]] for axis, table in enumerate(kind)] for kind in zip(*self.tables, strict=True)]
+        found = [
+            [table[positions[..., axis]] for axis, table in enumerate(kind)] for kind in zip(*self.tables, strict=True)
+        ]
         cos, sin = (kinds[0] if len(kinds) == 1 else torch.cat(kinds, dim=-1) for kinds in found)
         return cos, sin
 

@@ -56,7 +56,7 @@ class Composed:
         self.spec = model.spec
         self.turns = Turns(model.spec.rotary, positions, model.dtype, model.device)
         self.embedding = model.embedding.weight
-        self.tables = [] if model.places is None else [table.weight for table in model.places.tables]
+        self.tables = [] if model.places is None else list(model.places.parameters())
         self.prefix = None if model.prefix is None else model.prefix()
         store = Store(form, model.dtype, model.device)
         self.blocks = []
@@ -69,14 +69,17 @@ class Composed:
         self.final_norm = fused_norm(model.final_norm)
         self.head = Store(None, model.dtype, model.device).matrix(model.head)
 
-    def steps(self, tokens: Tensor, positions: Tensor, call: Call, memory: list[Tensors]) -> Iterator[tuple[str, Tensor]]:
-        """The stream [B, T, D] of tokens [B, T] at positions [B, T, A] after every sublayer, and what that is called."""
+    def steps(
+        self, tokens: Tensor, positions: Tensor, call: Call, memory: list[Tensors]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The stream [B, T, D] of tokens [B, T] at positions [B, T, A] after every sublayer, and the name of that."""
         x = torch.nn.functional.embedding(tokens, self.embedding)
         for axis, table in enumerate(self.tables):
             x = x + torch.nn.functional.embedding(positions[..., axis], table)
         yield "the embedding", x
         for number, (block, buffers) in enumerate(zip(self.blocks, memory, strict=True)):
-            for name, x in block.steps(x, call, buffers):
+            stream = x
+            for name, x in block.steps(stream, call, buffers):
                 yield f"the {name} of block {number}", x
 
     def __call__(self, tokens: Tensor, positions: Tensor, call: Call, memory: list[Tensors]) -> Tensor:

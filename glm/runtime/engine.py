@@ -8,35 +8,39 @@
         engine.step()
 
 A step reads a piece of one new prompt, if there is one, and gives every request that is writing its next token: so
-requests join and leave between steps (continuous batching: Yu et al. 2022, Orca). Each has a slot of the cache, its own
-length, rules and dice; what it says does not depend on its neighbours, up to the rounding of products with more or fewer
-rows. The tokens are those of `glm.generate` with the same arguments.
+requests join and leave between steps (continuous batching: Yu et al. 2022, Orca). Each has a slot of the cache, its
+own length, rules and dice; what it says does not depend on its neighbours, up to the rounding of products with more or
+fewer rows. The tokens are those of `glm.generate` with the same arguments.
 
 On a GPU a step is one recorded graph for each number of rows, 1, 2, 4 and so on; all that it needs to know lies on the
 device, and the host reads nothing but ids, one step behind the device.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glm.drafting import Drafter, Tally
+from glm.drafting import Drafter
 from glm.errors import CacheError, GenerationError, LayoutError
 from glm.generation import Decode, Ending, Row, Sampler, checked, thrown
 from glm.layout import Blank, Layout
 from glm.model import GLM
 from glm.runtime.call import Call, Prompt
 from glm.runtime.composed import Composed
+from glm.runtime.decoding import Outcome, advance
 from glm.runtime.matrices import integer_form
 from glm.runtime.recording import Recording
 from glm.runtime.requests import Request
-from glm.runtime.sampling import Rules, chosen, greedy
+from glm.runtime.rows import Rows
+from glm.runtime.sampling import chosen
+from glm.runtime.seats import Seats
 from glm.runtime.slots import Slots
 from glm.spec import Spec
 
@@ -45,45 +49,11 @@ CHUNK = 2048  # tokens of a prompt that are read at once, while others wait for 
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Where every row is, on the device.
-
-    token      [N] the newest one, which the model has not read yet
-    at         int32 [N] its place in the cache; `nowhere` for an idle row
-    positions  [N, A] its position ids
-    steps      [N, A] how positions go on
-    count      [N] new tokens so far, this one among them
-    busy       bool [N]
-    rules      of the sampler
-    """
-
-    token: Tensor
-    at: Tensor
-    positions: Tensor
-    steps: Tensor
-    count: Tensor
-    busy: Tensor
-    rules: Rules
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of one step: ids [B, T], -1 where logits were not finite; how many of them count [B]; the stream [B, T, D]."""
-
-    ids: Tensor
-    kept: Tensor
-    stream: Tensor | None
-
-
-@dataclass(frozen=True)
 class Pending:
     """A step that the device was given: who wrote in which slot, and where its outcome will be when `ready`."""
 
     writers: dict[int, Request]
-    guesses: Tensor | None
-    ids: Tensor
-    kept: Tensor
-    stream: Tensor | None
+    outcome: Outcome
     ready: "torch.cuda.Event | None"
 
 
@@ -127,14 +97,13 @@ class Engine:
                 [block.mixer.remembers for block in self.spec.blocks], max_batch, length, spare,
                 dtype=self.dtype, device=self.device, prefix=self.composed.prefix,
             )  # fmt: skip
-            self.rows = self.idle_rows()
-            self.guessed = torch.zeros(max_batch, self.guesses, dtype=torch.long, device=self.device)
+            self.rows = Rows.idle(
+                max_batch, axes=len(self.spec.reading.step), guesses=self.guesses, length=length,
+                vocabulary=self.spec.vocabulary, nowhere=self.slots.nowhere, device=self.device,
+            )  # fmt: skip
         self.waiting: deque[Request] = deque()
         self.reading: Request | None = None
-        self.holders: list[Request | None] = [None] * max_batch
-        self.texts: list[list[int]] = [[] for _ in range(max_batch)]  # what each slot remembers
-        self.used: list[int] = [0] * max_batch  # when it was last given away
-        self.clock = 0
+        self.seats = Seats(max_batch)
         self.pending: deque[Pending] = deque()
         self.recordings: dict[tuple[int, bool], Recording[Outcome]] = {}
 
@@ -259,10 +228,9 @@ class Engine:
         """
         if len(ids) > self.max_length:
             raise CacheError(f"{len(ids)} tokens do not fit: a slot has room for {self.max_length}")
-        if None not in self.holders:
+        if not self.seats.free():
             raise CacheError("every slot is taken: read when a request is over")
-        slot = self.holders.index(None)
-        self.texts[slot] = []
+        slot = self.seats.free()[0]
         layout = self.spec.reading.read(torch.tensor([list(ids)])) if layout is None else by_rule(layout, len(ids))
         if (highest := int(layout.positions.max())) >= self.composed.turns.positions:
             raise LayoutError(f"position {highest} is none of the {self.composed.turns.positions} of this engine")
@@ -273,8 +241,7 @@ class Engine:
             parts.append(self.composed.logits(x)[0])
         logits = torch.cat(parts)
         if not bool(logits.isfinite().all()):
-            self.slots.clear(slice(slot, slot + 1))
-            self.texts[slot] = []
+            self.forget(slot)
         return logits
 
     # ------------------------------------------------------------------------- requests
@@ -324,48 +291,37 @@ class Engine:
             self.waiting.remove(request)
         if self.reading is request:
             self.reading = None
-        if request in self.holders:
-            slot = self.holders.index(request)
-            self.holders[slot] = None
-            self.rest(slot)
+        slot = self.seats.leave(request)
+        if slot is not None:
+            self.rows.rest(slot)
             if state == "failed":
-                self.slots.clear(slice(slot, slot + 1))
-                self.texts[slot] = []
+                self.forget(slot)
         request.guess, request.stream = None, []
 
-    def take_slot(self, request: Request) -> int | None:
-        """A free slot for a request: the one that remembers most of its prompt, else the one idle for longest."""
-        free = [slot for slot, holder in enumerate(self.holders) if holder is None]
-        if not free:
-            return None
-        slot = max(free, key=lambda slot: (self.common(request, self.texts[slot]), -self.used[slot], -slot))
-        request.reused = request.read = self.common(request, self.texts[slot])
-        self.clock += 1
-        self.used[slot] = self.clock
-        self.holders[slot], self.texts[slot] = request, self.texts[slot][: request.read]
-        return slot
+    def forget(self, slot: int) -> None:
+        """Numbers that are not finite must not outlive the request that made them."""
+        self.slots.clear(slice(slot, slot + 1))
+        self.seats.texts[slot] = []
 
-    def common(self, request: Request, text: list[int]) -> int:
-        """How many tokens of a prompt need not be read where `text` was; the last one always must, for its logits.
+    @property
+    def reusable(self) -> bool:
+        """Whether a prompt can build on what a slot remembers.
 
-        What is read in both directions depends on all of it, and what a drafter is to be told of on the whole prompt.
+        What is read in both directions depends on all that is read, and a drafter is to be told of the whole prompt.
         """
-        if isinstance(self.spec.reading, Blank) or self.draft is not None:
-            return 0
-        most = min(len(request.prompt) - 1, len(text))
-        return next((i for i in range(most) if request.prompt[i] != text[i]), most)
+        return not isinstance(self.spec.reading, Blank) and self.draft is None
 
     # ------------------------------------------------------------------------- a step
 
     @torch.inference_mode()
     def step(self) -> None:
         """Read a piece of a new prompt, if there is one, and let every request that writes go on by a token or more."""
-        if self.reading is None and self.waiting and self.take_slot(self.waiting[0]) is not None:
+        if self.reading is None and self.waiting and self.seats.take(self.waiting[0], self.reusable) is not None:
             self.reading = self.waiting.popleft()
             self.reading.state = "reading"
         if self.reading is not None:
             self.read_on(self.reading)
-        writers = {slot: r for slot, r in enumerate(self.holders) if r is not None and r.state == "writing"}
+        writers = self.seats.writing()
         if writers:
             self.pending.append(self.launch(writers))
         while len(self.pending) > (self.ahead if writers else 0):
@@ -373,7 +329,7 @@ class Engine:
 
     def read_on(self, request: Request) -> None:
         """One more piece of a prompt; behind the last of them stands the first new token."""
-        slot = self.holders.index(request)
+        slot = self.seats.holders.index(request)
         try:
             x, last = self.piece(request, slot)
             if self.draft is not None:
@@ -384,12 +340,12 @@ class Engine:
             self.leave(request, "failed", error)
 
     def piece(self, request: Request, slot: int) -> tuple[Tensor, bool]:
-        """The stream [1, t, D] of the next piece of a prompt, which is in the cache then, and whether it was the last."""
+        """The stream [1, t, D] of the next piece of a prompt, and whether it was the last. The piece is in the cache then."""
         start = request.read
         end = min(len(request.prompt), max(start + self.chunk, request.prefix))  # what all see is read at once
         x = self.composed(*self.excerpt(request, slot, start, end))
         request.read = end
-        self.texts[slot] = request.prompt[:end]
+        self.seats.texts[slot] = request.prompt[:end]
         return x, end == len(request.prompt)
 
     def excerpt(self, request: Request, slot: int, start: int, end: int) -> tuple[Tensor, Tensor, Call, Any]:
@@ -406,32 +362,22 @@ class Engine:
         """The prompt is read: choose the first new token from its stream [1, t, D], and let the row go on by itself."""
         self.reading, request.state = None, "writing"
         rows, length = self.rows, len(request.prompt)
-        sampler, rules = request.sampler, self.rows.rules
-        rules.temperature[slot], rules.top_k[slot] = sampler.temperature, sampler.top_k
-        rules.top_p[slot], rules.penalty[slot] = sampler.top_p, sampler.repetition_penalty
-        if request.luck:
-            rules.luck[slot, : len(request.luck)] = torch.tensor(request.luck, dtype=torch.float64)
-        rules.seen[slot] = False
-        rules.seen[slot, torch.tensor(request.prompt, device=self.device)] = True
-        rows.count[slot] = 0
+        rows.begin(slot, request.sampler, request.luck, request.prompt)
         one = slice(slot, slot + 1)
-        tokens, finite = chosen(self.composed.logits(x[:, -1:])[:, 0], rules.rows(one), rows.count[one])
-        rules.seen[slot, tokens] = True
-        rows.token[one], rows.count[slot], rows.busy[slot] = tokens, 1, True
-        rows.at[slot] = self.slots.before + length
-        rows.steps[slot] = request.step.to(self.device)
-        rows.positions[slot] = request.positions(length, 1)[0, 0].to(self.device)
+        [token], [finite] = chosen(self.composed.logits(x[:, -1:])[:, 0], rows.rules.rows(one), rows.count[one])
+        rows.go_on(slot, token, self.slots.before + length, request.positions(length, 1)[0, 0], request.step)
         if self.draft is not None:
             assert self.model is not None
             ids = torch.tensor([request.prompt], device=self.device)
             room = length + request.max_new_tokens
             request.guess = self.draft.start(self.model, ids, torch.ones_like(ids, dtype=torch.bool), room)
             request.told = 1
-        self.give(request, slot, torch.where(finite, tokens, -1).tolist())
+        self.give(request, slot, [int(token) if finite else -1])
 
     def launch(self, writers: dict[int, Request]) -> Pending:
         """Give the device its next step."""
-        guesses = self.guess(writers) if self.draft is not None else None
+        if self.draft is not None:
+            self.guess(writers, self.draft)
         rows = 1
         while rows <= max(writers):
             rows *= 2
@@ -439,58 +385,31 @@ class Engine:
         plain = all(r.sampler.temperature == 0 and r.sampler.repetition_penalty == 1 for r in writers.values())
         key = rows, plain
         if key not in self.recordings:
-            self.recordings[key] = Recording(lambda: self.advance(rows, plain), self.warm_up, self.device)
+            step = partial(advance, self.composed, self.slots, self.rows, rows, plain)
+            self.recordings[key] = Recording(step, self.warm_up, self.device)
         outcome = self.recordings[key]()
         if self.device.type != "cuda":
-            return Pending(writers, guesses, outcome.ids, outcome.kept, outcome.stream, None)
+            return Pending(writers, outcome, None)
         ids, kept = (  # a copy each, since the next replay writes to the same place
             torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
             for x in (outcome.ids, outcome.kept)
         )
         ready = torch.cuda.Event()
         ready.record()
-        return Pending(writers, guesses, ids, kept, outcome.stream, ready)
-
-    def advance(self, count: int, plain: bool) -> Outcome:
-        """The next tokens of the first `count` rows; nothing in here waits for the host, or asks it."""
-        some = slice(count)
-        rows, rules = self.rows, self.rows.rules.rows(some)
-        at, busy, position = rows.at[some], rows.busy[some], rows.positions[some]
-        tokens = torch.cat((rows.token[some, None], self.guessed[some]), dim=1)  # [B T]
-        T = tokens.shape[1]
-        ahead = torch.arange(T, device=self.device)
-        positions = position[:, None] + ahead[:, None] * rows.steps[some, None]
-        length = torch.where(busy, at + T, 0)
-        call = Call(at, length, self.composed.turns.of(positions), None)
-        x = self.composed(tokens, positions, call, self.slots.of(some))
-        logits = self.composed.logits(x)  # [B T V]
-        ids, right, kept = [], busy, torch.zeros_like(rows.count[some])
-        for i in range(T):
-            new, finite = greedy(logits[:, i]) if plain else chosen(logits[:, i], rules, rows.count[some] + i)
-            ids.append(torch.where(finite, new, -1))
-            kept += right
-            rows.token[some] = torch.where(right, new, rows.token[some])
-            if not plain:
-                rules.seen.scatter_(1, new[:, None], rules.seen.gather(1, new[:, None]) | right[:, None])
-            if i + 1 < T:
-                right = right & finite & (new == tokens[:, i + 1])
-        rows.count[some] += kept
-        rows.at[some] += kept.to(torch.int32)
-        rows.positions[some] += kept[:, None] * rows.steps[some]
-        return Outcome(torch.stack(ids, dim=1), kept, self.composed.final(x) if self.draft is not None else None)
+        return Pending(writers, Outcome(ids, kept, outcome.stream), ready)
 
     def settle(self, pending: Pending) -> None:
         """Read what a step gave, and tell the requests."""
         if pending.ready is not None:
             pending.ready.synchronize()
-        ids, kept = pending.ids.tolist(), pending.kept.tolist()
+        ids, kept = pending.outcome.ids.tolist(), pending.outcome.kept.tolist()
         for slot, request in pending.writers.items():
             if request.state != "writing":
                 continue  # it ended while the device was one step ahead
-            self.texts[slot] = request.text
-            if self.draft is not None and pending.stream is not None:
+            self.seats.texts[slot] = request.text
+            if self.draft is not None:
                 self.draft.tally.right += kept[slot] - 1
-                request.stream = [pending.stream[slot : slot + 1, : kept[slot]]]
+                request.stream = [self.composed.final(pending.outcome.stream[slot : slot + 1, : kept[slot]])]
             self.give(request, slot, ids[slot][: kept[slot]])
 
     def give(self, request: Request, slot: int, ids: list[int]) -> None:
@@ -507,60 +426,22 @@ class Engine:
 
     # ------------------------------------------------------------------------- guesses
 
-    def guess(self, writers: dict[int, Request]) -> Tensor:
-        """Guesses [N, n] for every request that writes, told what is certain by now."""
-        assert self.draft is not None
+    def guess(self, writers: dict[int, Request], draft: Drafter) -> None:
+        """Put guesses for every request that writes beside its newest token; each is told what is certain by now."""
         for slot, request in writers.items():
             assert request.guess is not None
             certain = torch.tensor([request.text[request.told :]], device=self.device)
-            stream = torch.cat(request.stream, dim=1)[:, -certain.shape[1] :]
-            positions = request.positions(request.told - 1, certain.shape[1]).to(self.device)
-            layout = Layout.rule(positions, request.told - 1 + certain.shape[1])
-            found = request.guess(certain, stream, layout)[0, : self.guesses]
-            request.told += certain.shape[1]
-            self.guessed[slot, : len(found)] = found
-            self.guessed[slot, len(found) :] = certain[0, -1]
-            self.draft.tally.guessed += self.guesses
-        self.draft.tally.passes += 1
-        return self.guessed
+            count = certain.shape[1]
+            before = request.positions(request.told - 1, count).to(self.device)
+            stream = torch.cat(request.stream, dim=1)[:, :count]
+            found = request.guess(certain, stream, Layout.rule(before, request.told - 1 + count))[0, : self.guesses]
+            request.told += count
+            self.rows.guesses[slot] = certain[0, -1]
+            self.rows.guesses[slot, : len(found)] = found
+            draft.tally.guessed += self.guesses
+        draft.tally.passes += 1
 
-    @property
-    def tally(self) -> Tally | None:
-        """How good the guesses were; None without a drafter."""
-        return None if self.draft is None else self.draft.tally
-
-    # ------------------------------------------------------------------------- rows
-
-    def idle_rows(self) -> Rows:
-        """All at rest."""
-        N, A, V = self.max_batch, len(self.spec.reading.step), self.spec.vocabulary
-        device = self.device
-        rules = Rules(
-            torch.zeros(N, dtype=torch.float64, device=device),
-            torch.zeros(N, dtype=torch.long, device=device),
-            torch.ones(N, dtype=torch.float64, device=device),
-            torch.ones(N, dtype=torch.float64, device=device),
-            torch.zeros(N, self.max_length, dtype=torch.float64, device=device),
-            torch.zeros(N, V, dtype=torch.bool, device=device),
-        )
-        return Rows(
-            torch.zeros(N, dtype=torch.long, device=device),
-            torch.full((N,), self.slots.nowhere, dtype=torch.int32, device=device),
-            torch.zeros(N, A, dtype=torch.long, device=device),
-            torch.zeros(N, A, dtype=torch.long, device=device),
-            torch.zeros(N, dtype=torch.long, device=device),
-            torch.zeros(N, dtype=torch.bool, device=device),
-            rules,
-        )
-
-    def rest(self, slot: int) -> None:
-        """A row without a request: it reads nothing, and writes where nobody reads."""
-        rows = self.rows
-        for x in (rows.token, rows.positions, rows.steps, rows.count, rows.busy):
-            x[slot] = 0
-        rows.at[slot] = self.slots.nowhere
-        rows.rules.temperature[slot], rows.rules.top_k[slot] = 0, 0
-        rows.rules.top_p[slot], rows.rules.penalty[slot] = 1, 1
+    # ------------------------------------------------------------------------- the device
 
     def warm_up(self, step: Any) -> None:
         """Run a step with all rows at rest."""
@@ -580,7 +461,9 @@ class Engine:
         advice = "the weights are damaged there, or too large for this dtype (try bfloat16 or float32)"
         where = self.first_not_finite(request, slot)
         if where is None:
-            return GenerationError(f"{what}, though reading the same tokens again gave finite numbers: check the device")
+            return GenerationError(
+                f"{what}, though reading the same tokens again gave finite numbers: check the device"
+            )
         return GenerationError(f"{what}: the first that are not come out of {where}; {advice}")
 
     def first_not_finite(self, request: Request, slot: int) -> str | None:

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from glm_kernels import geglu, gelu
 from torch import Tensor
 
 from glm.experts import ExpertsModule
 from glm.feed_forward import ACTIVATIONS, FeedForwardModule
 from glm.runtime.matrices import Store
 from glm.runtime.norms import FusedNorm
-from glm_kernels import geglu, gelu
 
 SWIGLU = ("silu", "identity")
 FUSED: dict[tuple[str, ...], Callable[[Tensor], Tensor]] = {
@@ -54,12 +54,16 @@ class FusedExperts:
     """The chosen experts and the shared ones. Nothing waits for the device: where experts begin is known only there."""
 
     def __init__(self, module: ExpertsModule, store: Store) -> None:
+        each = module.experts
+        assert isinstance(each, FeedForwardModule)
         self.router = module.router
         self.count = len(module.held)
-        self.up, self.down = store.stack(module.experts.up), store.stack(module.experts.down)
-        self.swiglu = module.experts.spec.branches == SWIGLU
-        self.activate = activation(module.experts.spec.branches)
-        self.shared = None if module.shared is None else FusedFeedForward(module.shared, store)
+        self.up, self.down = store.stack(each.up), store.stack(each.down)
+        self.swiglu = each.spec.branches == SWIGLU
+        self.activate = activation(each.spec.branches)
+        self.shared = None
+        if isinstance(module.shared, FeedForwardModule):
+            self.shared = FusedFeedForward(module.shared, store)
 
     def __call__(self, h: Tensor, *, norm: FusedNorm | None, residual: Tensor | None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -71,8 +75,9 @@ class FusedExperts:
         offsets = torch.searchsorted(visits, edges, out_int32=True)
         x = self.up.experts(tokens[order // chosen.shape[1]], offsets, swiglu=self.swiglu)
         y = self.down.experts(x if self.swiglu else self.activate(x), offsets)
-        answers = torch.empty_like(y).index_copy_(0, order, y).unflatten(0, chosen.shape)  # [N k D], in the router's order
-        mixed = (answers * weights[..., None]).sum(1).to(h.dtype).view_as(h)
-        if self.shared is not None:
-            return self.shared(h, norm=None, residual=mixed if residual is None else mixed + residual)
-        return mixed if residual is None else mixed + residual
+        answers = (
+            torch.empty_like(y).index_copy_(0, order, y).unflatten(0, chosen.shape)
+        )  # [N k D], in the router's order
+        mixed: Tensor = (answers * weights[..., None]).sum(1).to(h.dtype).view_as(h)
+        added = mixed if residual is None else mixed + residual
+        return added if self.shared is None else self.shared(h, norm=None, residual=added)

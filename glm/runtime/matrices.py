@@ -1,7 +1,7 @@
 """Matrices of the engine: y = f(W n(x) + b) + residual in one call, whatever the weights are stored as.
 
-What differs is data: a dense matrix, or integers of 8 or 4 bits with their scales. Where a kernel computes, integers are
-laid out for it once; elsewhere they stay as they are stored.
+What differs is data: a dense matrix, or integers of 8 or 4 bits with their scales. Where a kernel computes, integers
+are laid out for it once; elsewhere they stay as they are stored.
 """
 
 from collections.abc import Callable
@@ -9,13 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-from glm.errors import ConfigError
-from glm.grouped import Grouped, GroupedLinear, GroupedStack
-from glm.linear import Linear, LinearStack, RowScaledLinear, RowScaledStack
-from glm.quantization import quantize
-from glm.runtime.norms import FusedNorm
 from glm_kernels import (
     int4_matmul,
     int4_matmul_experts,
@@ -26,12 +19,22 @@ from glm_kernels import (
 )
 from glm_kernels.dispatch import INTERPRETED
 from glm_kernels.packing import from_row_scaled
+from torch import Tensor, nn
+
+from glm.errors import ConfigError
+from glm.grouped import Grouped, GroupedLinear, GroupedStack
+from glm.linear import Linear, LinearStack, RowScaledLinear, RowScaledStack
+from glm.quantization import quantize
+from glm.runtime.norms import FusedNorm
 
 Product = Callable[..., Tensor]
 
+
 # TEMPORARY
 def dense_matmul(x, weight, *, bias=None, residual=None, swiglu=False, norm=None, eps=None):
-    from glm_kernels import swiglu as act, rms_norm
+    from glm_kernels import rms_norm
+    from glm_kernels import swiglu as act
+
     if norm is not None:
         x = rms_norm(x, norm, eps, weight_first=True)
     y = nn.functional.linear(x, weight, bias)
@@ -42,8 +45,14 @@ def dense_matmul(x, weight, *, bias=None, residual=None, swiglu=False, norm=None
 
 def dense_matmul_experts(x, weight, *, offsets, bias=None, swiglu=False):
     from glm_kernels import swiglu as act
+
     o = offsets.tolist()
-    y = torch.cat([nn.functional.linear(x[o[e]:o[e+1]], weight[e], None if bias is None else bias[e]) for e in range(len(weight))])
+    y = torch.cat(
+        [
+            nn.functional.linear(x[o[e] : o[e + 1]], weight[e], None if bias is None else bias[e])
+            for e in range(len(weight))
+        ]
+    )
     return act(y) if swiglu else y
 
 
@@ -63,7 +72,7 @@ WIDTHS = {
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix [O, I], or of every expert one, as the product takes it: `operands`, and by name what goes with them."""
+    """One matrix [O, I], or one of every expert, as the product takes it: `operands`, and `named` what goes with them."""
 
     product: Product
     operands: tuple[Tensor | None, ...]

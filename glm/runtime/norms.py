@@ -1,10 +1,10 @@
 """Norms of the engine: one kernel, or none where the product behind it takes the norm in."""
 
 import torch
+from glm_kernels import layer_norm, rms_norm
 from torch import Tensor, nn
 
 from glm.norms import RMSNormModule
-from glm_kernels import layer_norm, rms_norm
 
 FOLDED = frozenset({torch.bfloat16})
 """In these dtypes an RMSNorm is taken into the product. There x ⊙ weight is not normalised yet, which float16 has no

@@ -1,4 +1,4 @@
-"""Recordings: a step of the engine as one CUDA graph, so that a launch of hundreds of kernels costs the host nothing."""
+"""Recordings: a step of the engine as one CUDA graph, so that hundreds of kernels cost the host a single launch."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from glm.generation import Ending, Row, Sampler
+from glm.generation import Row, Sampler
 from glm.layout import Layout
 
 State = Literal["waiting", "reading", "writing", "done", "cancelled", "failed"]

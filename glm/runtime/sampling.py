@@ -24,6 +24,19 @@ class Rules:
     luck: Tensor
     seen: Tensor
 
+    @classmethod
+    def greedy(cls, rows: int, length: int, vocabulary: int, device: torch.device) -> "Rules":
+        """Rules for greedy rows, with room for `length` dice each."""
+        ones = torch.ones(rows, dtype=torch.float64, device=device)
+        none = torch.zeros(rows, dtype=torch.long, device=device)
+        luck = torch.zeros(rows, length, dtype=torch.float64, device=device)
+        seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
+        return cls(torch.zeros_like(ones), none, ones, ones.clone(), luck, seen)
+
+    def see(self, ids: Tensor, where: Tensor) -> None:
+        """The ids [B] were chosen, in rows `where` [B] says so."""
+        self.seen.scatter_(1, ids[:, None], self.seen.gather(1, ids[:, None]) | where[:, None])
+
     def rows(self, rows: slice) -> "Rules":
         """The rules of some rows, as views."""
         return Rules(*(getattr(self, field.name)[rows] for field in fields(self)))

@@ -16,7 +16,9 @@ from glm.runtime.norms import FusedNorm
 class Sublayer(Protocol):
     """r + f(n(h)) for h [B, T, D]."""
 
-    def __call__(self, h: Tensor, *, norm: FusedNorm | None, residual: Tensor | None) -> Tensor: ...
+    def __call__(self, h: Tensor, *, norm: FusedNorm | None, residual: Tensor | None) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        ...
 
 
 Wire = Callable[[Tensor, Sublayer], Tensor]
