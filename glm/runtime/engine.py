@@ -215,6 +215,11 @@ class Engine:
             self.leave(request, "cancelled")
 
     @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together, as far as the release goes and a slot has room."""
+        return min(self.spec.context, self.max_length)
+
+    @property
     def bytes(self) -> int:
         """Memory of the cache, in bytes."""
         return self.slots.bytes
@@ -340,7 +345,7 @@ class Engine:
             self.leave(request, "failed", error)
 
     def piece(self, request: Request, slot: int) -> tuple[Tensor, bool]:
-        """The stream [1, t, D] of the next piece of a prompt, and whether it was the last. The piece is in the cache then."""
+        """The stream [1, t, D] of the next piece of a prompt, and whether it is the last; its keys are in the cache."""
         start = request.read
         end = min(len(request.prompt), max(start + self.chunk, request.prefix))  # what all see is read at once
         x = self.composed(*self.excerpt(request, slot, start, end))
