@@ -92,8 +92,7 @@ assert torch.equal(short.layout.positions[:, :known], long.layout.positions[:, :
 T, C = len(sample), len(sample.read)
 visible = sample.layout.visible
 assert visible.tolist() == [[[j < C or j <= t for j in range(T)] for t in range(T)]]
-drawing.mask(sample.layout);
-
+drawing.mask(sample.layout)
 # %% [markdown]
 # In the picture, a row is a token that looks and a column a token that is looked at. The rule has no exception for the
 # spans: a span sees the spans written before it, and not those after it.
@@ -165,8 +164,7 @@ print(layout.positions[0].T)
 same = Layout.prefix(batch=1, length=7, read=4, blank=3)
 assert torch.equal(layout.positions, same.positions)
 assert torch.equal(layout.visible, same.visible)
-drawing.mask(layout);
-
+drawing.mask(layout)
 # %% [markdown]
 # With nothing read and one axis the same rule is that of an ordinary causal model: $j < 0$ never holds, $j \le t$ is
 # left.
@@ -279,7 +277,7 @@ ids = torch.tensor([[ADDED["[gMASK]"], ADDED["sop"], 1001, 1002, 1003, 2001, 200
 layout = after.reading.read(ids)
 assert layout.positions.tolist() == [[[t] for t in range(7)]]
 assert torch.equal(layout.visible[0], torch.ones(7, 7, dtype=torch.bool).tril())
-drawing.mask(layout);
+drawing.mask(layout)
 
 # %% [markdown]
 # What does that buy? In a causal model the keys and values of a token never depend on what comes after it. So a chat can
