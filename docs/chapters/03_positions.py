@@ -10,8 +10,8 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.patches import Patch
 from safetensors.torch import load_file
 
 import glm
@@ -107,9 +107,9 @@ assert (here - scores(rotary, q, k, 2 * p[:, None])).abs().max() > 0.1  # what c
 #
 # ## Two axes
 #
-# ChatGLM-6B has two position ids a token and no table. It gives each axis half of a head: channels 0 to 63 are turned by
-# the place, channels 64 to 127 by the place inside the blank. A score then depends on two differences, and is the sum of
-# two scores:
+# ChatGLM-6B has two position ids a token and no table. It gives each axis half of a head: channels 0 to 63 are turned
+# by the place, channels 64 to 127 by the place inside the blank. A score then depends on two differences, and is the sum
+# of two scores:
 
 # %%
 print(SPECS["chatglm-6b"].rotary)
@@ -172,21 +172,20 @@ for name, spec in SPECS.items():
 
 # %%
 SHOWN = ("glm-10b", "glm-130b", "chatglm-6b", "chatglm2-6b", "chatglm3-6b", "glm-4-9b", "glm-4-9b-0414", "glm-4.5")
-fig, ax = plt.subplots(figsize=(6, 3.2))
+picture, ax = drawing.figure(5, 3.4)
 for row, name in enumerate(SHOWN):
     rotary, width = SPECS[name].rotary, SPECS[name].blocks[0].mixer.head_width
     runs = [*getattr(rotary, "widths", ())]
-    left = 0
-    for axis, run in enumerate([*runs, width - sum(runs)]):
-        colour = drawing.PALETTE[axis] if axis < len(runs) else drawing.FAINT
-        ax.barh(row, run / width, left=left / width, color=colour, edgecolor="white")
-        left += run
+    ax.barh(row, width, color=drawing.PALE)
+    for axis, run in enumerate(runs):
+        ax.barh(row, run, left=sum(runs[:axis]), color=drawing.PALETTE[axis])
 ax.set_yticks(range(len(SHOWN)), SHOWN)
 ax.invert_yaxis()
-ax.set_xlabel("channels of a head, as a fraction")
-handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (*drawing.PALETTE[:2], drawing.FAINT)]
-labels = ("turned by the first axis", "by the second", "not turned")
-fig.legend(handles, labels, loc="upper center", ncols=3, fontsize="small", frameon=False)
+ax.set_xlabel("channel of a head")
+colours = {"by the first axis": drawing.BLUE, "by the second": drawing.ORANGE, "not turned": drawing.PALE}
+handles = [Patch(color=colour, label=label) for label, colour in colours.items()]
+picture.legend(handles=handles, loc="outside upper center", ncols=3)
+picture
 
 # %% [markdown]
 # ## Which two channels are a pair
@@ -228,8 +227,8 @@ assert (interleaved(q)[:, 1:] - halves(q)[:, 1:]).abs().max() > 0.1
 # ## Base, and how far a position reaches
 #
 # Pair $i$ comes round after $\lambda_i = 2\pi/\omega_i = 2\pi\,\text{base}^{2i/w}$ tokens. Fast pairs tell neighbours
-# apart; slow pairs tell the beginning of a text from its end. A text much longer than the longest wavelength the model
-# was trained with makes angles it has never seen. The base decides how long that is:
+# apart; slow pairs tell the beginning of a text from its end. A pair that has not come round within the texts of the
+# training shows the model, in a longer text, angles that it has never seen. The base decides how slow the slowest is:
 
 
 # %%
@@ -288,7 +287,7 @@ assert (kept[turns >= 32] - 1).abs().max() < 4 * EPS
 assert (kept[turns <= 1] * factor - 1).abs().max() < 4 * EPS
 assert (kept.diff() <= 0).all()  # between the two, slower and slower
 
-fig, ax = plt.subplots(figsize=(6, 3.2))
+picture, ax = drawing.figure(5, 3)
 curves = {
     "positions divided": replace(before, scaling=Interpolation(factor)),
     "larger base": replace(before, base=factor * before.base),
@@ -299,7 +298,8 @@ for colour, (label, rotary) in zip(drawing.PALETTE, curves.items(), strict=False
 ax.set_xlabel("pair of channels, fast to slow")
 ax.set_ylabel("frequency, relative")
 ax.set_ylim(0, 1.05)
-ax.legend(fontsize="small", frameon=False)
+ax.legend()
+picture
 
 # %% [markdown]
 # ## What changed, by release
