@@ -75,8 +75,9 @@ def which_field_cases() -> Iterator[Case]:
     )  # fmt: skip
     right = glm.GLM(spec, dtype=torch.float64, seed=3)
     with torch.no_grad():
-        for block in right.blocks:
-            block.mixer.qkv.weight.mul_(20)  # so that attention is sharp enough to tell one rotation from another
+        for name, weight in right.state_dict().items():
+            if name.endswith("qkv.weight"):
+                weight.mul_(20)  # so that attention is sharp enough to tell one rotation from another
     ids = torch.arange(3, 15)[None]
     rotary = spec.rotary
     assert isinstance(rotary, Rotary)

@@ -54,9 +54,9 @@ def table(ids: list[int], targets: list[int], layout: Layout) -> str:
 print(table(sample.ids, sample.targets, sample.layout))
 
 # %% [markdown]
-# Read the table from the top. The tokens that are read have the places 0, 1, 2 … and stand at 0 inside. Then the first
-# `<sop>` begins: it and the tokens behind it all have the **place of their blank**, and count 1, 2, 3 … **inside** it.
-# The next `<sop>` goes to another place and counts from 1 again.
+# Read the table from the top. The tokens that are read have the places 0, 1, 2 … and stand at 0 inside. Then the
+# first `<sop>` begins: it and the tokens behind it all have the **place of their blank**, and count 1, 2, 3 …
+# **inside** it. The next `<sop>` goes to another place and counts from 1 again.
 #
 # The same numbers, written without the package:
 
@@ -75,8 +75,8 @@ assert sample.layout.positions.tolist() == [[list(pair) for pair in zip(place, i
 # ## Why two axes
 #
 # With one axis the model would have to be told how long a blank is: either the tokens behind it keep their places in
-# the whole text, and the gap tells the length, or the written tokens stand at places that others already have. With two
-# axes, nothing that is known before writing depends on what will be written:
+# the whole text, and the gap tells the length, or the written tokens stand at places that others already have. With
+# two axes, nothing that is known before writing depends on what will be written:
 
 # %%
 short = Sample(sample.read, [(sample.written[0][0], [7])], marks)
@@ -97,9 +97,10 @@ T, C = len(sample), len(sample.read)
 visible = sample.layout.visible
 assert visible.tolist() == [[[j < C or j <= t for j in range(T)] for t in range(T)]]
 drawing.mask(sample.layout, named(sample.ids))
+
 # %% [markdown]
-# A line is a token that looks, a column a token that is looked at; at the right are its two position ids. The rule has
-# no exception for the spans: a span sees the spans written before it, and not those after it.
+# A line is a token that looks, a column a token that is looked at; at the right are its two position ids. The rule
+# has no exception for the spans: a span sees the spans written before it, and not those after it.
 #
 # A mask is a promise about dependence, so it can be tested without looking at it. Change the last written token:
 # nothing before it may change. Change the first token that is read: everything may.
@@ -124,8 +125,8 @@ assert all(changed(after_first))
 #
 # $$ \log p(s \mid x) = \sum_{i=1}^{n} \log p(s_i \mid x, s_1, \dots, s_{i-1}) . $$
 #
-# The sum comes out of **one** pass, because the mask hides from each token what it must not know. To see that it does,
-# compute each term by itself, from a row that ends where the term begins.
+# The sum comes out of **one** pass, because the mask hides from each token what it must not know. To see that it
+# does, compute each term by itself, from a row that ends where the term begins.
 
 # %%
 targets = torch.tensor([sample.targets])
@@ -140,22 +141,22 @@ rounding = 2 * len(model.blocks) * model.spec.blocks[0].feed_forward.inner * tor
 assert abs(one_pass - one_by_one) < rounding * one_by_one
 
 # %% [markdown]
-# The targets are **not shifted**: the target of `<sop>` is the span's first token, the target of the span's last token
-# is `<eop>`. Whoever shifts them once more, as is usual for causal models, trains the wrong thing.
+# The targets are **not shifted**: the target of `<sop>` is the span's first token, the target of the span's last
+# token is `<eop>`. Whoever shifts them once more, as is usual for causal models, trains the wrong thing.
 #
 # ## Generation is one blank at the end
 #
 # A prompt is a text whose only blank is at its end. GLM has a token for such a blank, `[gMASK]`: it stands for a text
-# of any length, while `[MASK]` stands for a few words within a text. (GLM of 2021 also has `[sMASK]`, for a sentence.)
-# Besides that there is nothing new:
+# of any length, while `[MASK]` stands for a few words within a text. (GLM of 2021 also has `[sMASK]`, for a
+# sentence.) Besides that there is nothing new:
 
 # %%
 prompt = continued(words, 5, plain(tokenizer), marks)
 print(table(prompt.ids, prompt.targets, prompt.layout))
 
 # %% [markdown]
-# The prompt is read in both directions, `[gMASK]` is its last token, and the answer is written with `<sop>` before it:
-# every token of the answer has the place of `[gMASK]`, and counts 1, 2, 3 … inside.
+# The prompt is read in both directions, `[gMASK]` is its last token, and the answer is written with `<sop>` before
+# it: every token of the answer has the place of `[gMASK]`, and counts 1, 2, 3 … inside.
 #
 # So does a prompt of ChatGLM-6B. A release knows what to make of ids: that is its spec's `reading`. The ids of the
 # special tokens are in there; the ids of the text below are any.
@@ -170,6 +171,7 @@ same = Layout.prefix(batch=1, length=7, read=4, blank=3)
 assert torch.equal(layout.positions, same.positions)
 assert torch.equal(layout.visible, same.visible)
 drawing.mask(layout, ["x1", "x2", "x3", "[gMASK]", "<sop>", "y1", "y2"])
+
 # %% [markdown]
 # With nothing read and one axis the same rule is that of an ordinary causal model: $j < 0$ never holds, $j \le t$ is
 # left.
@@ -252,11 +254,11 @@ for token, *columns in zip(ROW, *(zip(*places(release, ROW), strict=True) for re
 # **GLM-10B** (`InTurn`) is the model of the paper: the first `<sop>` writes for the first blank, the second for the
 # second, whatever their kinds, and each counts from 1.
 #
-# **GLM-130B** (`Blank` with one axis) has no second axis. For `[MASK]` all written tokens have *the same* position, and
-# only the mask knows their order. For `[gMASK]` the positions go on counting.
+# **GLM-130B** (`Blank` with one axis) has no second axis. For `[MASK]` all written tokens have *the same* position,
+# and only the mask knows their order. For `[gMASK]` the positions go on counting.
 #
-# **ChatGLM-6B** (`Blank` with two axes) fills one blank a row. If both kinds are there, it is `[gMASK]` that is filled
-# first, wherever it stands. A second `<sop>` is a token like any other, and counting goes on.
+# **ChatGLM-6B** (`Blank` with two axes) fills one blank a row. If both kinds are there, it is `[gMASK]` that is
+# filled first, wherever it stands. A second `<sop>` is a token like any other, and counting goes on.
 #
 # **ChatGLM2** (`Causal`) has one axis, and reads nothing in both directions.
 

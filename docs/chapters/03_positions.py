@@ -33,8 +33,8 @@ def heads(*shape: int) -> torch.Tensor:
 # %% [markdown]
 # ## A table for each axis
 #
-# GLM of 2021 learns one row for each place that a text can have, and one for each place inside a blank. A token starts
-# as
+# GLM of 2021 learns one row for each place that a text can have, and one for each place inside a blank. A token
+# starts as
 #
 # $$ x = E_{\text{id}} + P^{(0)}_{p_0} + P^{(1)}_{p_1} . $$
 
@@ -102,14 +102,14 @@ assert (here - there).abs().max() < 8 * 1000 * EPS * q.norm(dim=-1).max() * k.no
 assert (here - scores(rotary, q, k, 2 * p[:, None])).abs().max() > 0.1  # what counts are distances, and these doubled
 
 # %% [markdown]
-# Nothing is added to the values, and nothing is learnt. Keys are turned once, when they are made, and lie turned in the
-# cache.
+# Nothing is added to the values, and nothing is learnt. Keys are turned once, when they are made, and lie turned in
+# the cache.
 #
 # ## Two axes
 #
 # ChatGLM-6B has two position ids a token and no table. It gives each axis half of a head: channels 0 to 63 are turned
-# by the place, channels 64 to 127 by the place inside the blank. A score then depends on two differences, and is the sum
-# of two scores:
+# by the place, channels 64 to 127 by the place inside the blank. A score then depends on two differences, and is the
+# sum of two scores:
 
 # %%
 print(SPECS["chatglm-6b"].rotary)
@@ -122,9 +122,9 @@ by_inside = scores(one, q[..., 4:], k[..., 4:], inside[:, None])
 assert (both - (by_place + by_inside)).abs().max() < 8 * EPS * both.abs().max()
 
 # %% [markdown]
-# For tokens that are read the second id is always 0: among them the second half of a head is not turned at all. For the
-# tokens of an answer the first id is always the same: among *them* the first half does nothing. Each half of a head
-# tells one thing.
+# For tokens that are read the second id is always 0: among them the second half of a head is not turned at all. For
+# the tokens of an answer the first id is always the same: among *them* the first half does nothing. Each half of a
+# head tells one thing.
 #
 # One detail must be kept to get ChatGLM-6B's numbers: its frequencies were **rounded to float16** when the model was
 # made, and it was trained with them. The rounded ones are what the golden files hold:
@@ -215,9 +215,9 @@ halves = Rotary((8,), "halves", 10000.0, Plain(), None).rotation(p[None, :, None
 assert torch.equal(interleaved(q), halves(q[..., order])[..., back])
 
 # %% [markdown]
-# So a checkpoint can be converted from one to the other by moving rows of the query and key matrices, and the scores do
-# not change. And a checkpoint that is read with the wrong one computes nonsense from the second token on, with no error
-# of any shape. (The first token stands at 0, and nothing turns there.)
+# So a checkpoint can be converted from one to the other by moving rows of the query and key matrices, and the scores
+# do not change. And a checkpoint that is read with the wrong one computes nonsense from the second token on, with no
+# error of any shape. (The first token stands at 0, and nothing turns there.)
 
 # %%
 assert (interleaved(q)[:, 0] - halves(q)[:, 0]).abs().max() == 0
@@ -246,9 +246,9 @@ for name in ("chatglm2-6b", "chatglm2-6b-32k", "chatglm3-6b-32k", "chatglm3-6b-1
 # %% [markdown]
 # ## One field, two meanings
 #
-# The config files of ChatGLM2 and of everything after it have a field `rope_ratio`, a number $r$. In ChatGLM2-6B-32k it
-# means **interpolation**: positions are divided by it, $p \to p/r$. From ChatGLM3-6B-32k on it means a **larger base**:
-# base $\to r \cdot$ base. Same name, other model.
+# The config files of ChatGLM2 and of everything after it have a field `rope_ratio`, a number $r$. In ChatGLM2-6B-32k
+# it means **interpolation**: positions are divided by it, $p \to p/r$. From ChatGLM3-6B-32k on it means a **larger
+# base**: base $\to r \cdot$ base. Same name, other model.
 #
 # Interpolation slows every pair down alike. A larger base leaves the fastest pair as it is, $\omega_0 = 1$, and slows
 # pair $i$ down by $r^{2i/w}$, so that neighbours stay as easy to tell apart as they were:
@@ -272,9 +272,9 @@ print(SPECS["chatglm3-6b-32k"].rotary)
 # ## YaRN: between the two
 #
 # YaRN asks of each pair how many turns it makes within the context the model was trained on. Pairs that made many are
-# kept: all their angles are known, however long the text. Pairs that made one turn or less are interpolated: any angle
-# beyond would be new to the model. Between them is a ramp. No release ships with it, but a `config.json` may ask for it
-# (`rope_type: yarn`), for texts longer than the model's context.
+# kept: all their angles are known, however long the text. Pairs that made one turn or less are interpolated: any
+# angle beyond would be new to the model. Between them is a ramp. No release ships with it, but a `config.json` may
+# ask for it (`rope_type: yarn`), for texts longer than the model's context.
 
 # %%
 assert all(isinstance(getattr(spec.rotary, "scaling", Plain()), Plain | Interpolation) for spec in SPECS.values())
@@ -304,7 +304,8 @@ picture
 # %% [markdown]
 # ## What changed, by release
 #
-# `glm.diff` compares two specs. All that this chapter was about is in the lines that begin with `rotary` and `learned`.
+# `glm.diff` compares two specs. All that this chapter was about is in the lines that begin with `rotary` and
+# `learned`.
 
 # %%
 for one, other in (

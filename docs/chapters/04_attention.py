@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Attention
 #
-# A token's vector knows its token and little else. Attention is where tokens hear of each other, and it is the only part
-# of a model that has to remember them. This chapter says what is computed, and then what it costs to remember: GLM's
-# history of attention is the history of that cost.
+# A token's vector knows its token and little else. Attention is where tokens hear of each other, and it is the only
+# part of a model that has to remember them. This chapter says what is computed, and then what it costs to remember:
+# GLM's history of attention is the history of that cost.
 
 # %%
 import math
@@ -35,12 +35,13 @@ def randn(*shape: int) -> torch.Tensor:
 # %% [markdown]
 # ## A lookup that is a weighted mean
 #
-# Each token makes a query $q$, a key $k$ and a value $v$ from its vector. What a token gets is the mean of the values of
-# all tokens it may see, weighted by how well their keys answer its query:
+# Each token makes a query $q$, a key $k$ and a value $v$ from its vector. What a token gets is the mean of the values
+# of all tokens it may see, weighted by how well their keys answer its query:
 #
 # $$ y_t = \sum_j \frac{e^{s_{tj}}}{\sum_{j'} e^{s_{tj'}}} v_j, \qquad s_{tj} = \frac{q_t \cdot k_j}{\sqrt K}, $$
 #
-# both sums over the $j$ that $t$ may see. `attend` computes it for all heads at once; here is one head, by the equation.
+# both sums over the $j$ that $t$ may see. `attend` computes it for all heads at once; here is one head, by the
+# equation.
 
 # %%
 T, K = 6, 8
@@ -55,8 +56,8 @@ for t in range(T):
     assert (y[0, 0, t] - mean).abs().max() < 8 * K * EPS * v.abs().max()
 
 # %% [markdown]
-# The division by $\sqrt K$ keeps scores at one size: a sum of $K$ products of independent numbers of variance 1 has the
-# variance $K$. Without it, wide heads would begin their training with a softmax that picks one token.
+# The division by $\sqrt K$ keeps scores at one size: a sum of $K$ products of independent numbers of variance 1 has
+# the variance $K$. Without it, wide heads would begin their training with a softmax that picks one token.
 
 # %%
 for width in (16, 64, 256):
@@ -68,8 +69,8 @@ for width in (16, 64, 256):
 # ## What is not seen
 #
 # The official codes hide a key in three ways: they add $-\infty$ to its score (ChatGLM2 and later), set it to
-# $-10000$ (ChatGLM-6B, GLM-130B), or to $-65504$, the lowest number of float16 (GLM-10B). For a token that sees at least
-# one other these are one and the same, in any precision, since $e^{-10000}$ is 0 beside the weight of a key that is
+# $-10000$ (ChatGLM-6B, GLM-130B), or to $-65504$, the lowest number of float16 (GLM-10B). For a token that sees at
+# least one other these are one and the same, in any precision, since $e^{-10000}$ is 0 beside the weight of a key that is
 # seen:
 
 # %%
@@ -81,9 +82,9 @@ with_a_large_number = scores.masked_fill(hidden, -10000.0).softmax(-1)
 assert torch.equal(with_infinity, with_a_large_number)
 
 # %% [markdown]
-# They differ for a token that sees *nothing*, which is padding. With $-\infty$ it gets 0/0; with a large number it gets
-# the mean of all values, hidden ones too. Nobody reads what comes out there, but NaN would spread: a NaN value with the
-# weight 0 is NaN. So in a `Layout` a token that sees nothing sees itself.
+# They differ for a token that sees *nothing*, which is padding. With $-\infty$ it gets 0/0; with a large number it
+# gets the mean of all values, hidden ones too. Nobody reads what comes out there, but NaN would spread: a NaN value
+# with the weight 0 is NaN. So in a `Layout` a token that sees nothing sees itself.
 
 # %%
 nothing = Layout(torch.zeros(1, 2, 1, dtype=torch.long), torch.tensor([[[False, False], [False, True]]]))
@@ -108,8 +109,8 @@ assert abs(float(scaled) * (layer + 1) - exact) < 0.01 * exact
 # ## Many heads
 #
 # One softmax can look at one thing. So the $D$ channels of the stream are turned into $H$ heads of $K$ channels, each
-# with a softmax of its own. All queries, keys and values come from **one** matrix, whose rows are the query heads, then
-# the key heads, then the value heads. A last matrix $W_o$ mixes what the heads found.
+# with a softmax of its own. All queries, keys and values come from **one** matrix, whose rows are the query heads,
+# then the key heads, then the value heads. A last matrix $W_o$ mixes what the heads found.
 
 
 # %%
@@ -149,8 +150,8 @@ for groups in (4, 2, 1):
     assert (y - by_hand(module, x, layout.visible[0])).abs().max() < 32 * 8 * EPS * y.abs().max()
 
 # %% [markdown]
-# In the files of ChatGLM-6B and GLM-130B the rows lie otherwise: q, k and v of the first head, then those of the second,
-# and so on. Whoever reads them in the wrong order gets a model that says nothing sensible, and no error.
+# In the files of ChatGLM-6B and GLM-130B the rows lie otherwise: q, k and v of the first head, then those of the
+# second, and so on. Whoever reads them in the wrong order gets a model that says nothing sensible, and no error.
 
 # %%
 names = [f"{what}{head}" for what in "qkv" for head in range(4)]  # how they lie in `glm`, K = 1
@@ -165,8 +166,8 @@ assert torch.equal(on_disk.view(4, 3).T.flatten(), in_memory)
 #
 # In the code above stands $g = \lfloor hG/H \rfloor$. With $G = H$ each query head has keys of its own: multi-head
 # attention, GLM-10B to ChatGLM-6B. With $G = 1$ all share one. Between them $H/G$ neighbours share: grouped-query
-# attention, ChatGLM2 to GLM-4.7. What is computed is the same as that of a model with $H$ key heads in which those of a
-# group have **equal** weights:
+# attention, ChatGLM2 to GLM-4.7. What is computed is the same as that of a model with $H$ key heads in which those of
+# a group have **equal** weights:
 
 # %%
 for generation in GENERATIONS:
@@ -226,7 +227,7 @@ spec = SPECS["chatglm2-6b"]
 block = spec.blocks[0]
 with_all_heads = replace(block, mixer=replace(block.mixer, groups=block.mixer.heads))
 saved = parameters(replace(spec, blocks=(with_all_heads,) * len(spec.blocks))) - parameters(spec)
-print(f"{saved / parameters(spec):.0%} of ChatGLM2-6B's parameters would come on top with {block.mixer.heads} key heads")
+print(f"with {block.mixer.heads} key heads ChatGLM2-6B would have {saved / parameters(spec):.0%} more parameters")
 
 # %% [markdown]
 # ## Why bytes are time
@@ -244,8 +245,8 @@ for name in ("chatglm-6b", "chatglm2-6b", "glm-4-9b-chat"):
 
 # %% [markdown]
 # Chapter 13 measures that. In the kernels it has one more consequence. At a decoding step the $H/G$ query heads of a
-# group all ask the same keys; they can be laid out as if they were $H/G$ queries at one place, so that a key is read once
-# and used $H/G$ times. `attend` does the same when $T = 1$:
+# group all ask the same keys; they can be laid out as if they were $H/G$ queries at one place, so that a key is read
+# once and used $H/G$ times. `attend` does the same when $T = 1$:
 
 # %%
 H, G, S = 8, 2, 5

@@ -36,8 +36,8 @@ def randn(*shape: int) -> torch.Tensor:
 # $$ \text{LayerNorm:}\quad y = w \odot \frac{x - \bar x}{\sqrt{\operatorname{var} x + \epsilon}} + b,
 #    \qquad \text{RMSNorm:}\quad y = w \odot \frac{x}{\sqrt{\overline{x^2} + \epsilon}} . $$
 #
-# The generations up to ChatGLM-6B have the first, all later ones the second. RMSNorm leaves out the mean and the bias; on
-# vectors without a mean the two are one.
+# The generations up to ChatGLM-6B have the first, all later ones the second. RMSNorm leaves out the mean and the
+# bias; on vectors without a mean the two are one.
 
 # %%
 D, eps = 64, 1e-5
@@ -60,8 +60,8 @@ assert (layer(centred) - (rms(centred) + layer.bias)).abs().max() < D * EPS * by
 # %% [markdown]
 # ### The small number under the root
 #
-# $\epsilon$ is more than a guard against division by zero: what is much smaller than $\sqrt\epsilon$ is left small. At a
-# mean square of $\epsilon$ a vector comes out at $1/\sqrt 2$ of its size. GLM-4-9B has an unusual one.
+# $\epsilon$ is more than a guard against division by zero: what is much smaller than $\sqrt\epsilon$ is left small. At
+# a mean square of $\epsilon$ a vector comes out at $1/\sqrt 2$ of its size. GLM-4-9B has an unusual one.
 
 # %%
 for name in ("chatglm3-6b", "glm-4-9b-chat", "glm-4-9b-0414"):
@@ -74,9 +74,9 @@ for name in ("chatglm3-6b", "glm-4-9b-chat", "glm-4-9b-0414"):
 # %% [markdown]
 # ### Two roundings
 #
-# In half precision the statistics are computed in float32. Then either the weight is multiplied and the result rounded
-# (ChatGLM2's code), or the result is rounded and the weight multiplied (transformers' code). In float64 it is one
-# equation; in bfloat16 the last bit differs here and there, and `weight_first` says which one a release has.
+# In half precision the statistics are computed in float32. Then either the weight is multiplied and the result
+# rounded (ChatGLM2's code), or the result is rounded and the weight multiplied (transformers' code). In float64 it is
+# one equation; in bfloat16 the last bit differs here and there, and `weight_first` says which one a release has.
 
 # %%
 w = 1 + 0.1 * torch.randn(D)
@@ -133,10 +133,10 @@ for generation in GENERATIONS:
 # %% [markdown]
 # ## How loud the stream becomes
 #
-# In `Pre` nothing bounds the stream: every sublayer adds to it. Suppose what they add is independent and of the size $s$;
-# then after $k$ sublayers the mean square is $1 + k s^2$. Each sublayer reads the *normalised* stream, so one that
-# comes late adds the same to something larger, and changes less. `Sandwich` makes $s$ a weight of its own, whatever $f$
-# does. `Deep` is normalised after every sublayer.
+# In `Pre` nothing bounds the stream: every sublayer adds to it. Suppose what they add is independent and of the size
+# $s$; then after $k$ sublayers the mean square is $1 + k s^2$. Each sublayer reads the *normalised* stream, so one
+# that comes late adds the same to something larger, and changes less. `Sandwich` makes $s$ a weight of its own,
+# whatever $f$ does. `Deep` is normalised after every sublayer.
 
 # %%
 LAYERS, WIDTH, LOUD = 80, 256, 3.0
@@ -165,24 +165,26 @@ ax.legend()
 picture
 
 # %% [markdown]
-# `Scaled` is at $\sqrt{\alpha^2 + s^2}$ from the first sublayer on: it is a normalised vector, $\alpha$ times as large,
-# and one addition.
+# `Scaled` is at $\sqrt{\alpha^2 + s^2}$ from the first sublayer on: it is a normalised vector, $\alpha$ times as
+# large, and one addition.
 #
 # ## DeepNorm
 #
 # DeepNorm (`Deep`) is the old post-norm transformer, $n(x + f(x))$, with the residual made louder by $\alpha > 1$.
-# One sublayer then turns the direction of the stream by little: if $f(x)$ is as long as $x$ and at a right angle to it,
-# by $\arctan(1/\alpha)$. GLM-130B and ChatGLM-6B have $\alpha = \sqrt{2L}$.
+# One sublayer then turns the direction of the stream by little: if $f(x)$ is as long as $x$ and at a right angle to
+# it, by $\arctan(1/\alpha)$. GLM-130B and ChatGLM-6B have $\alpha = \sqrt{2L}$.
 
 # %%
 for name in ("glm-130b", "chatglm-6b"):
     spec = glm.release(name).spec
     alpha = spec.blocks[0].wiring.alpha
     assert alpha == math.sqrt(2 * len(spec.blocks))
-    print(f"{name:10} L = {len(spec.blocks)}, α = {alpha:.2f}: one sublayer turns {math.degrees(math.atan(1 / alpha)):.1f}°")
+    angle = math.degrees(math.atan(1 / alpha))
+    print(f"{name:10} L = {len(spec.blocks)}, α = {alpha:.2f}: one sublayer turns the stream by {angle:.1f}°")
 
 # %% [markdown]
-# ChatGLM-6B's code never tells a block how many layers there are, and a block's default is 28. So a *smaller* ChatGLM has
+# ChatGLM-6B's code never tells a block how many layers there are, and a block's default is 28. So a *smaller* ChatGLM
+# has
 # $\alpha = \sqrt{56}$ as well. The golden file is from a model of three layers, made by the official code:
 
 # %%
@@ -224,7 +226,8 @@ assert min(wrong) > 0.01
 #
 # $$ x_{k+1} = \alpha\, n_k(x_k) + f_k(n_k(x_k)), \qquad h_{k+1} = n_{k+1}(\alpha h_k + f_k(h_k)) . $$
 #
-# Then $h_k = n_k(x_k)$ for all $k$. In particular the result of `Deep`, $h_N$, is that of `Scaled` behind a last norm,
+# Then $h_k = n_k(x_k)$ for all $k$. In particular the result of `Deep`, $h_N$, is that of `Scaled` behind a last
+# norm,
 # $n_N(x_N)$.
 #
 # *Proof.* For $k = 0$ it is how they begin. If $h_k = n_k(x_k)$, then $x_{k+1} = \alpha h_k + f_k(h_k)$, and
@@ -234,7 +237,8 @@ assert min(wrong) > 0.01
 
 # %%
 N, alpha = 6, math.sqrt(56)
-sublayers = [lambda h, w=randn(D, D) / math.sqrt(D): (h @ w).tanh() for _ in range(N)]
+matrices = randn(N, D, D) / math.sqrt(D)
+sublayers = [lambda h, w=w: (h @ w).tanh() for w in matrices]
 norms = []
 for _ in range(N + 1):
     norms.append(LayerNorm(1e-5).build(D).double().requires_grad_(False))
