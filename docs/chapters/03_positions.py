@@ -141,7 +141,7 @@ width = SPECS["chatglm-6b"].rotary.widths[0]
 rounded = SPECS["chatglm-6b"].rotary.frequencies(width)
 off = (rounded - replace(SPECS["chatglm-6b"].rotary, rounding=None).frequencies(width)).abs().max()
 last = SPECS["chatglm-6b"].context - 1
-print(f"at position {last} the angles of the rounded frequencies are up to {off * last:.2f} radians off")
+print(f"at position {last} the rounded angles are up to {off * last:.2f} radians off")
 
 # %% [markdown]
 # ## Half of it

@@ -70,8 +70,8 @@ for width in (16, 64, 256):
 #
 # The official codes hide a key in three ways: they add $-\infty$ to its score (ChatGLM2 and later), set it to
 # $-10000$ (ChatGLM-6B, GLM-130B), or to $-65504$, the lowest number of float16 (GLM-10B). For a token that sees at
-# least one other these are one and the same, in any precision, since $e^{-10000}$ is 0 beside the weight of a key that is
-# seen:
+# least one other these are one and the same, in any precision, since $e^{-10000}$ is 0 beside the weight of a key
+# that is seen:
 
 # %%
 assert torch.exp(torch.tensor(-10000.0, dtype=torch.float64)) == 0
