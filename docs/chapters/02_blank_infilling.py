@@ -313,11 +313,11 @@ assert first_states_stay("chatglm3-base", [5, 6, 7], [5, 6, 7, 8, 9])
 #
 # The stubs are in `docs/exercises/e02_blank_infilling.py`. `python -m docs.check 2.1` says whether you are right.
 #
-# - **2.1** `cut_out`: from a text and its spans to ids and targets.
-# - **2.2** `infilling_layout`: position ids `[1, T, 2]` and mask `[1, T, T]` of a sample with several spans.
-# - **2.3** `chatglm_layout`: the same for a prompt of ChatGLM-6B, with as much of the answer as there is.
-# - **2.4** `next_token`: where the next token of ChatGLM-6B stands, and what it sees.
-# - **2.5** `chatglm2_layout`: the same conversation for ChatGLM2-6B: ids, position ids, mask.
+# - Exercise 2.1, `cut_out`: from a text and its spans to ids and targets.
+# - Exercise 2.2, `infilling_layout`: position ids `[1, T, 2]` and mask `[1, T, T]` of a sample with several spans.
+# - Exercise 2.3, `chatglm_layout`: the same for a prompt of ChatGLM-6B, with as much of the answer as there is.
+# - Exercise 2.4, `next_token`: where the next token of ChatGLM-6B stands, and what it sees.
+# - Exercise 2.5, `chatglm2_layout`: the same conversation for ChatGLM2-6B: ids, position ids, mask.
 #
 # ## Read the code
 #

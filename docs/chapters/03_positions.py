@@ -324,11 +324,11 @@ for one, other in (
 #
 # The stubs are in `docs/exercises/e03_positions.py`. `python -m docs.check 3.1` says whether you are right.
 #
-# - **3.1** `learned_places`: what tables add to the stream.
-# - **3.2** `half_rotary`: the rotation of ChatGLM2.
-# - **3.3** `rotary_2d`: the rotation of ChatGLM-6B.
-# - **3.4** `stretched`: the frequencies that a `rope_ratio` makes, in both of its meanings.
-# - **3.5** `which_field`: a model whose rotation is wrong in one field. Which one?
+# - Exercise 3.1, `learned_places`: what tables add to the stream.
+# - Exercise 3.2, `half_rotary`: the rotation of ChatGLM2.
+# - Exercise 3.3, `rotary_2d`: the rotation of ChatGLM-6B.
+# - Exercise 3.4, `stretched`: the frequencies that a `rope_ratio` makes, in both of its meanings.
+# - Exercise 3.5, `which_field`: a model whose rotation is wrong in one field. Which one?
 #
 # ## Read the code
 #

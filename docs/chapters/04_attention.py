@@ -69,7 +69,7 @@ for width in (16, 64, 256):
 # ## What is not seen
 #
 # The official codes hide a key in three ways: they add $-\infty$ to its score (ChatGLM2 and later), set it to
-# $-10000$ (ChatGLM-6B, GLM-130B), or to $-65504$, the lowest number of float16 (GLM-10B). For a token that sees at
+# `-10000` (ChatGLM-6B, GLM-130B), or to `-65504`, the lowest number of float16 (GLM-10B). For a token that sees at
 # least one other these are one and the same, in any precision, since $e^{-10000}$ is 0 beside the weight of a key
 # that is seen:
 
@@ -96,7 +96,7 @@ assert nothing.mask().allowed[0, 0].tolist() == [[True, False], [False, True]]
 #
 # ChatGLM-6B and GLM-130B divide the query of layer $l$ by $(l+1)\sqrt K$, and multiply the scores by $l+1$ after they
 # were converted to float32. In exact arithmetic this is nothing. In float16 it keeps the scores of deep layers from
-# passing 65504, where they would be infinite. `glm` leaves it out: its softmax is computed in float32 at least.
+# passing `65504`, where they would be infinite. `glm` leaves it out: its softmax is computed in float32 at least.
 
 # %%
 layer, big_q, big_k = 27, 60 * torch.ones(128, dtype=torch.float16), 60 * torch.ones(128, dtype=torch.float16)
@@ -287,10 +287,10 @@ assert ((q @ k.T).abs() / math.sqrt(128)).max() <= math.sqrt(128)
 #
 # The stubs are in `docs/exercises/e04_attention.py`. `python -m docs.check 4.1` says whether you are right.
 #
-# - **4.1** `grouped_attention`: heads, groups and a mask.
-# - **4.2** `step`: one token behind a cache.
-# - **4.3** `flat_rows`: rows of q, k and v as ChatGLM-6B's files have them, in the order of ChatGLM2's.
-# - **4.4** `equal_length`: from how many tokens on a step reads more cache than weights.
+# - Exercise 4.1, `grouped_attention`: heads, groups and a mask.
+# - Exercise 4.2, `step`: one token behind a cache.
+# - Exercise 4.3, `flat_rows`: rows of q, k and v as ChatGLM-6B's files have them, in the order of ChatGLM2's.
+# - Exercise 4.4, `equal_length`: from how many tokens on a step reads more cache than weights.
 #
 # ## Read the code
 #

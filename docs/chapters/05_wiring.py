@@ -310,10 +310,10 @@ for one, other in (("glm-10b", "chatglm-6b"), ("chatglm-6b", "chatglm2-6b"), ("g
 #
 # The stubs are in `docs/exercises/e05_wiring.py`. `python -m docs.check 5.1` says whether you are right.
 #
-# - **5.1** `rms_norm`: in both orders of rounding.
-# - **5.2** `wired`: the four equations.
-# - **5.3** `two_chains`: the states of both chains of the theorem.
-# - **5.4** `which_field`: a ChatGLM that is wrong in one field of its norms or wiring. Which one?
+# - Exercise 5.1, `rms_norm`: in both orders of rounding.
+# - Exercise 5.2, `wired`: the four equations.
+# - Exercise 5.3, `two_chains`: the states of both chains of the theorem.
+# - Exercise 5.4, `which_field`: a ChatGLM that is wrong in one field of its norms or wiring. Which one?
 #
 # ## Read the code
 #

@@ -162,7 +162,7 @@ ax.legend()
 picture
 
 # %% [markdown]
-# The second and the third cannot be told apart in the picture, and a tolerance of 1e-3 does not tell them apart
+# The second and the third cannot be told apart in the picture, and a usual tolerance does not tell them apart
 # either. They are not the same model. GLM-10B was trained with the tanh form, and the code that its published files
 # belong to computes the exact one. The golden file has the official logits with both:
 
@@ -233,11 +233,11 @@ for change in glm.diff("chatglm-6b", "chatglm2-6b").changes:
 #
 # The stubs are in `docs/exercises/e06_feed_forward.py`. `python -m docs.check 6.1` says whether you are right.
 #
-# - **6.1** `feed_forward`: any branches.
-# - **6.2** `gate_first`: GLM-130B's matrix in the order of ChatGLM2's.
-# - **6.3** `merged`: a gated matrix put together from the parts of several devices.
-# - **6.4** `which_branches`: a feed-forward that can only be called. What are its branches?
-# - **6.5** `chatglm2_from_chatglm`: what ChatGLM2 changed, done to a small ChatGLM.
+# - Exercise 6.1, `feed_forward`: any branches.
+# - Exercise 6.2, `gate_first`: GLM-130B's matrix in the order of ChatGLM2's.
+# - Exercise 6.3, `merged`: a gated matrix put together from the parts of several devices.
+# - Exercise 6.4, `which_branches`: a feed-forward that can only be called. What are its branches?
+# - Exercise 6.5, `chatglm2_from_chatglm`: what ChatGLM2 changed, done to a small ChatGLM.
 #
 # ## Read the code
 #
