@@ -107,8 +107,8 @@ assert (here - scores(rotary, q, k, 2 * p[:, None])).abs().max() > 0.1  # what c
 #
 # ## Two axes
 #
-# ChatGLM-6B has two position ids a token and no table. It gives each axis half of a head: channels 0 to 63 are turned
-# by the place, channels 64 to 127 by the place inside the blank. A score then depends on two differences, and is the
+# ChatGLM-6B has two position ids a token and no table. It gives each axis half of a head: the first 64 channels are
+# turned by the place, the other 64 by the place inside the blank. A score then depends on two differences, and is the
 # sum of two scores:
 
 # %%

@@ -89,6 +89,7 @@ assert torch.equal(with_infinity, with_a_large_number)
 # %%
 nothing = Layout(torch.zeros(1, 2, 1, dtype=torch.long), torch.tensor([[[False, False], [False, True]]]))
 assert torch.full((3,), -math.inf).softmax(-1).isnan().all()
+assert (0 * torch.tensor(math.nan)).isnan()
 assert nothing.mask().allowed[0, 0].tolist() == [[True, False], [False, True]]
 
 # %% [markdown]
@@ -216,7 +217,9 @@ for name in (*shown, "glm-4.5-air", "glm-4.5"):
 print("a cache smaller by", cost["chatglm-6b"] // cost["chatglm2-6b"])
 assert cost["chatglm-6b"] == 32 // 2 * cost["chatglm2-6b"]
 
-drawing.bars(list(cost), {"KiB of cache a token": [needed / 2**10 for needed in cost.values()]}, log=True)
+drawing.bars(
+    list(cost), {"KiB of cache a token": [needed / 2**10 for needed in cost.values()]}, log=True, number="{:,.0f}"
+)
 
 # %% [markdown]
 # The matrices became smaller as well: $W_k$ and $W_v$ have $G K$ rows instead of $H K$. ChatGLM2 spent them on its

@@ -69,7 +69,7 @@ for name in ("chatglm3-6b", "glm-4-9b-chat", "glm-4-9b-0414"):
     small = math.sqrt(eps) * torch.ones(1, D, dtype=torch.float64)
     out = RMSNorm(eps, weight_first=True).build(D).double()(small)
     assert (out - 1 / math.sqrt(2)).abs().max() < D * EPS
-    print(f"{name:14} ε = {eps:.4g}: vectors of rms {math.sqrt(eps):.1e} come out at 0.71")
+    print(f"{name:14} ε = {eps:.4g}: an rms of {math.sqrt(eps):.1e} becomes 0.71")
 
 # %% [markdown]
 # ### Two roundings
@@ -128,7 +128,8 @@ assert torch.equal(scaled(x, f), alpha * n(x) + f(n(x)))
 for generation in GENERATIONS:
     found = {(block.wiring, type(block.norm).__name__) for r in generation.releases for block in r.spec.blocks}
     for wiring, kind in sorted(found, key=str):
-        print(f"{generation.name:14} {kind:10} {wiring}")
+        loud = f", α = {wiring.alpha:.2f}" if hasattr(wiring, "alpha") else ""
+        print(f"{generation.name:14} {kind:10} {type(wiring).__name__}{loud}")
 
 # %% [markdown]
 # ## How loud the stream becomes
@@ -180,7 +181,7 @@ for name in ("glm-130b", "chatglm-6b"):
     alpha = spec.blocks[0].wiring.alpha
     assert alpha == math.sqrt(2 * len(spec.blocks))
     angle = math.degrees(math.atan(1 / alpha))
-    print(f"{name:10} L = {len(spec.blocks)}, α = {alpha:.2f}: one sublayer turns the stream by {angle:.1f}°")
+    print(f"{name:10} L = {len(spec.blocks)}, α = {alpha:.2f}: a sublayer turns by {angle:.1f}°")
 
 # %% [markdown]
 # ChatGLM-6B's code never tells a block how many layers there are, and a block's default is 28. So a *smaller* ChatGLM
