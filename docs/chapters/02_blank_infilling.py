@@ -58,14 +58,18 @@ print(table(sample.ids, sample.targets, sample.layout))
 # first `<sop>` begins: it and the tokens behind it all have the **place of their blank**, and count 1, 2, 3 …
 # **inside** it. The next `<sop>` goes to another place and counts from 1 again.
 #
-# The same numbers, written without the package:
+# The same, written without the package:
 
 # %%
+ids, targets = list(sample.read), [IGNORED] * len(sample.read)
 place, inside = list(range(len(sample.read))), [0] * len(sample.read)
 for blank, span in sample.written:
+    ids += [marks.sop, *span]
+    targets += [*span, marks.eop]
     length = 1 + len(span)  # <sop> and the span; <eop> is a target only
     place += [blank] * length
     inside += range(1, length + 1)
+assert (sample.ids, sample.targets) == (ids, targets)
 assert sample.layout.positions.tolist() == [[list(pair) for pair in zip(place, inside, strict=True)]]
 
 # %% [markdown]

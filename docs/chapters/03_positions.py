@@ -287,6 +287,10 @@ assert (kept[turns >= 32] - 1).abs().max() < 4 * EPS
 assert (kept[turns <= 1] * factor - 1).abs().max() < 4 * EPS
 assert (kept.diff() <= 0).all()  # between the two, slower and slower
 
+x = heads(1, 1, 1, w)
+one, other = (replace(before, scaling=s).rotation(torch.tensor([[[0]]]), x.dtype)(x) for s in (Plain(), yarn))
+assert (other - yarn.gain * one).abs().max() < 4 * EPS * x.abs().max()
+
 picture, ax = drawing.figure(5, 3)
 curves = {
     "positions divided": replace(before, scaling=Interpolation(factor)),
@@ -300,6 +304,24 @@ ax.set_ylabel("frequency, relative")
 ax.set_ylim(0, 1.05)
 ax.legend()
 picture
+
+# %% [markdown]
+# YaRN also makes queries and keys longer, both by the `gain` (the last assertion). A softmax over more tokens is
+# flatter, and this sharpens it again.
+#
+# ## Angles are large numbers
+#
+# The fastest pair turns by one radian a token, so at the end of a long text its angle is as large as the text is
+# long. A number format that has no room for it loses just the digits that a cosine needs. ChatGLM2's first code
+# counted positions in float16, which has no odd numbers above 2048. `glm` computes angles in float64, once a pass.
+
+# %%
+assert torch.tensor(2049.0, dtype=torch.float16) == 2048
+long = SPECS["glm-4-9b-chat-1m"]
+last, omega = long.context - 1, long.rotary.frequencies(w)
+in_float32 = last * omega.float()
+worst = (in_float32.double() - last * omega).abs().max()
+print(f"at position {last:,} an angle in float32 is up to {worst:.2f} radians off")
 
 # %% [markdown]
 # ## What changed, by release
