@@ -150,8 +150,8 @@ assert abs(one_pass - one_by_one) < rounding * one_by_one
 # ## Generation is one blank at the end
 #
 # A prompt is a text whose only blank is at its end. GLM has a token for such a blank, `[gMASK]`: it stands for a text
-# of any length, while `[MASK]` stands for a few words within a text. (The two oldest
-# GLMs also have `[sMASK]`, for a sentence.) Besides that there is nothing new:
+# of any length, while `[MASK]` stands for a few words within a text. (The two oldest GLMs also
+# have `[sMASK]`, for a sentence.) Besides that there is nothing new:
 
 # %%
 prompt = continued(words, 5, plain(tokenizer), marks)
@@ -215,8 +215,8 @@ assert following.visible.tolist() == [[[True] * 8]]
 # %% [markdown]
 # ### Padding
 #
-# Rows of a batch are padded on the left. Padding is not seen by anybody, and the tokens of the row do not notice it:
-# their places count from the first real token.
+# ChatGLM-6B pads the rows of a batch on the left. Padding is not seen by anybody, and the tokens of the row do not
+# notice it: their places count from the first real token.
 
 # %%
 padded = torch.tensor([[3, 3, *ids[0].tolist()]])

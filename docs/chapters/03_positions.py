@@ -123,11 +123,11 @@ assert (both - (by_place + by_inside)).abs().max() < 8 * EPS * both.abs().max()
 
 # %% [markdown]
 # For tokens that are read the second id is always 0: among them the second half of a head is not turned at all. For
-# the tokens of an answer the first id is always the same: among *them* the first half does nothing. Each half of a
+# the tokens of an answer the first id is always the same: among *them* the first half tells nothing. Each half of a
 # head tells one thing.
 #
-# One detail must be kept to get ChatGLM-6B's numbers: its frequencies were **rounded to float16** when the model was
-# made, and it was trained with them. The rounded ones are what the golden files hold:
+# One detail must be kept to get ChatGLM-6B's numbers: its frequencies are **rounded to float16** when the model is
+# made. The rounded ones are what the golden files hold:
 
 # %%
 golden = Path(glm.__file__).parents[1] / "tests" / "goldens" / "chatglm1-base"
@@ -246,9 +246,9 @@ for name in ("chatglm2-6b", "chatglm2-6b-32k", "chatglm3-6b-32k", "chatglm3-6b-1
 # %% [markdown]
 # ## One field, two meanings
 #
-# The config files of ChatGLM2 and of everything after it have a field `rope_ratio`, a number $r$. In ChatGLM2-6B-32k
-# it means **interpolation**: positions are divided by it, $p \to p/r$. From ChatGLM3-6B-32k on it means a **larger
-# base**: base $\to r \cdot$ base. Same name, other model.
+# A config file of ChatGLM2 or of a later model in its format can have a field `rope_ratio`, a number $r$. In
+# ChatGLM2-6B-32k it means **interpolation**: positions are divided by it, $p \to p/r$. From ChatGLM3-6B-32k on it
+# means a **larger base**: base $\to r \cdot$ base. Same name, other model.
 #
 # Interpolation slows every pair down alike. A larger base leaves the fastest pair as it is, $\omega_0 = 1$, and slows
 # pair $i$ down by $r^{2i/w}$, so that neighbours stay as easy to tell apart as they were:

@@ -152,7 +152,7 @@ for groups in (4, 2, 1):
 
 # %% [markdown]
 # In the files of ChatGLM-6B and GLM-130B the rows lie otherwise: q, k and v of the first head, then those of the
-# second, and so on. Whoever reads them in the wrong order gets a model that says nothing sensible, and no error.
+# second, and so on. Whoever reads them in the wrong order gets another model, and no error.
 
 # %%
 names = [f"{what}{head}" for what in "qkv" for head in range(4)]  # how they lie in `glm`, K = 1
@@ -247,7 +247,7 @@ for name in ("chatglm-6b", "chatglm2-6b", "glm-4-9b-chat"):
     print(f"{name:14} {weights / cost[name]:10,.0f} tokens")
 
 # %% [markdown]
-# Chapter 13 measures that. In the kernels it has one more consequence. At a decoding step the $H/G$ query heads of a
+# Chapter 13 is about that. In the kernels it has one more consequence. At a decoding step the $H/G$ query heads of a
 # group all ask the same keys; they can be laid out as if they were $H/G$ queries at one place, so that a key is read
 # once and used $H/G$ times. `attend` does the same when $T = 1$:
 
@@ -284,7 +284,7 @@ q, k = norm(1000 * randn(500, 128)).detach(), norm(randn(500, 128)).detach()
 assert ((q @ k.T).abs() / math.sqrt(128)).max() <= math.sqrt(128)
 
 # %% [markdown]
-# Releases whose cache is neither of these, GLM-4.7-Flash and GLM-5, come in chapters 8 and 9.
+# Releases whose cache holds something else, GLM-4.7-Flash and GLM-5, come in chapters 8 and 9.
 #
 # ## Exercises
 #
@@ -293,7 +293,7 @@ assert ((q @ k.T).abs() / math.sqrt(128)).max() <= math.sqrt(128)
 # - Exercise 4.1, `grouped_attention`: heads, groups and a mask.
 # - Exercise 4.2, `step`: one token behind a cache.
 # - Exercise 4.3, `flat_rows`: rows of q, k and v as ChatGLM-6B's files have them, in the order of ChatGLM2's.
-# - Exercise 4.4, `equal_length`: from how many tokens on a step reads more cache than weights.
+# - Exercise 4.4, `equal_length`: from how many tokens on the cache is as large as the weights.
 #
 # ## Read the code
 #

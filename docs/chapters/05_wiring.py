@@ -2,8 +2,8 @@
 # # Norms and wiring
 #
 # A block has two sublayers, attention and feed-forward. Each reads the stream, computes something, and gives it back.
-# GLM has tried four ways of giving it back. The smallest difference between two of them is where a norm stands, and
-# whoever overlooks it gets a ChatGLM-6B that talks nonsense.
+# GLM has tried several ways of giving it back. The smallest difference between two of them is where a norm stands, and
+# whoever overlooks it has all weights of ChatGLM-6B and another model.
 
 # %%
 import math
@@ -185,8 +185,7 @@ for name in ("glm-130b", "chatglm-6b"):
 
 # %% [markdown]
 # ChatGLM-6B's code never tells a block how many layers there are, and a block's default is 28. So a *smaller* ChatGLM
-# has
-# $\alpha = \sqrt{56}$ as well. The golden file is from a model of three layers, made by the official code:
+# has $\alpha = \sqrt{56}$ as well. The golden file is from a model of three layers, made by the official code:
 
 # %%
 folder = Path(glm.__file__).parents[1] / "tests" / "goldens" / "chatglm1-base"
@@ -228,8 +227,7 @@ assert min(wrong) > 0.01
 # $$ x_{k+1} = \alpha\, n_k(x_k) + f_k(n_k(x_k)), \qquad h_{k+1} = n_{k+1}(\alpha h_k + f_k(h_k)) . $$
 #
 # Then $h_k = n_k(x_k)$ for all $k$. In particular the result of `Deep`, $h_N$, is that of `Scaled` behind a last
-# norm,
-# $n_N(x_N)$.
+# norm, $n_N(x_N)$.
 #
 # *Proof.* For $k = 0$ it is how they begin. If $h_k = n_k(x_k)$, then $x_{k+1} = \alpha h_k + f_k(h_k)$, and
 # $h_{k+1} = n_{k+1}(x_{k+1})$. $\square$
