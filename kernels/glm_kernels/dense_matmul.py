@@ -48,7 +48,7 @@ from glm_kernels.packed_matmul import COUNTERS, counter_for, joined, joined_squa
 from glm_kernels.variants import POINTERS, Variant
 
 MOST_ROWS = 16  # of one matrix that the kernel takes
-MOST_BY_VECTOR = 4
+MOST_BY_VECTOR = 2
 MOST_SPLITS = 16
 
 # ----------------------------------------------------------------------------- reference
@@ -122,7 +122,7 @@ def by_vector(  # type: ignore[no-untyped-def]
     accs, squares = (), ()  # of each row
     for _ in tl.static_range(rows):
         accs += (tl.zeros([outs, width // 8], tl.float32),)  # type: ignore[assignment]
-        squares += (tl.zeros([1, width // 8], tl.float32),)  # type: ignore[assignment]
+        squares += (tl.zeros([1, width], tl.float32),)  # type: ignore[assignment]
     for t in tl.range(first, last, num_stages=stages):
         column = t * width
         inside = (column + j < inputs)[None, :]
@@ -138,7 +138,7 @@ def by_vector(  # type: ignore[no-untyped-def]
         for r in tl.static_range(rows):
             value = xs[r].to(tl.float32)  # type: ignore[var-annotated]
             if norm is not None:
-                squared += (squares[r] + tl.sum(tl.reshape(value * value, [1, width // 8, 8]), 2),)
+                squared += (squares[r] + value * value,)
                 value *= scale
             summed += (accs[r] + tl.sum(tl.reshape(w * value, [outs, width // 8, 8]), 2),)
         accs = summed
@@ -267,7 +267,7 @@ class Shape(NamedTuple):
     stages: int
 
 
-PATHS = 1, 2, 4, 16, 64, 128  # rows a program: by vector; by tile; of experts with many rows
+PATHS = 1, 2, 16, 64, 128  # rows a program: by vector; by tile; of experts with many rows
 
 
 def path_of(count: int, device: Target) -> int:
@@ -379,7 +379,7 @@ def variants(device: Target) -> list[Variant]:
         variant(device, bfloat, 1),
         variant(device, bfloat, 1, norm=True, gated=True),
         variant(device, bfloat, 1, small=True, split=True, bias=True, residual=True, norm=True),
-        variant(device, bfloat, 4, norm=True, gated=True),
+        variant(device, bfloat, 2, norm=True, gated=True),
         variant(device, bfloat, 16, split=True, bias=True, residual=True),
         variant(device, bfloat, 16, split=True, norm=True, gated=True),
         variant(device, bfloat, 1, gated=True, experts=128),
