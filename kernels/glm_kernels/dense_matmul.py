@@ -13,11 +13,12 @@ Layout: x [..., I], its rows at any one stride; W [O, I], as torch stores a line
 one stride too. The kernel takes float16 and bfloat16 (in the interpreter float32), of one matrix up to 16 rows. With
 more rows torch multiplies, between the kernels of `norms.py` and `activations.py`. There are no gradients.
 
-Up to 4 rows, by vector: a program has a tile of W for some outputs, and multiplies in float32 on the ordinary cores.
-A thread adds up eight columns that came in one load of 16 bytes, lanes are added once, at the end. Four rows are five
-operations a weight, 40 % of what a Hopper GPU can issue while the weight comes from memory; so more rows go by tile: W
-stands on the M side of the tensor cores, Yᵀ = W Xᵀ, and the few rows on the narrow side. In both, several tiles are on
-their way at any time. With `swiglu` rows of gate and up alternate in a tile, so x is read once for both.
+Up to 2 rows, by vector: a program has a tile of W for some outputs, and multiplies in float32 on the ordinary cores.
+A thread adds up eight columns that came in one load of 16 bytes; threads are added once, at the end. Counted in the
+machine code, that is 37 % of the instructions a Hopper GPU can issue while the weights come from memory, for two rows
+and a norm 65 %. Four would be too many, so more rows go by tile, for 14 to 28 %: W stands on the M side of the tensor
+cores, Yᵀ = W Xᵀ, and the few rows on the narrow side. In both, several tiles are on their way at any time. With
+`swiglu` rows of gate and up alternate in a tile, so x is read once for both.
 
 Too few outputs to fill a device with programs: the columns are split between several. Each leaves its part in float32,
 and the last to be done adds them, always in the same order.
