@@ -7,6 +7,7 @@ before and the bias, SwiGLU and residual after: ours in the same launch, the oth
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ def ours(case: DenseCase, inputs: Inputs) -> Call:
     return partial(find(OURS, "dense_matmul"), **inputs, **more, swiglu=case.swiglu)
 
 
-def arguments(case: DenseCase, inputs: Inputs) -> tuple[Tensor | bool | None, ...]:
+def arguments(case: DenseCase, inputs: Inputs) -> tuple[Any, ...]:
     """Of `plainly`."""
     return *(inputs.get(name) for name in ("x", "weight", "norm", "bias", "residual")), case.swiglu
 
@@ -173,7 +174,7 @@ def expected(case: DenseCase, inputs: Inputs) -> list[Expected]:
     if case.residual:
         some["residual"] = inputs["residual"][:, columns]
     exact = {name: value.double() for name, value in some.items()}
-    plain, truth = (plainly(*arguments(case, each)) for each in (some, exact))  # type: ignore[arg-type]
+    plain, truth = (plainly(*arguments(case, each)) for each in (some, exact))
     return [Expected("y", lambda output: output[:, columns], plain, truth)]
 
 
