@@ -417,10 +417,10 @@ def longest_loop(text: str) -> list[str]:
 
 @directly
 @needs_triton
-@pytest.mark.parametrize(("rows", "norm"), [(1, False), (2, True)])
-def test_by_vector_on_hopper(rows: int, norm: bool) -> None:
+@pytest.mark.parametrize(("rows", "norm", "small"), [(1, False, False), (2, True, False), (1, False, True)])
+def test_by_vector_on_hopper(rows: int, norm: bool, small: bool) -> None:
     """W comes 16 bytes at a time, asynchronously, and lanes are not added before the end."""
-    built = compile(dense.variant(HOPPER, torch.bfloat16, rows, norm=norm, gated=norm), HOPPER)
+    built = compile(dense.variant(HOPPER, torch.bfloat16, rows, norm=norm, gated=norm, small=small), HOPPER)
     loop = longest_loop(built.text)
     assert sum(line.startswith("LDGSTS.E.BYPASS.128") for line in loop) == 4  # 8 KiB by 128 threads
     assert sum(line.startswith("FFMA") for line in loop) >= 28 * rows
