@@ -162,6 +162,8 @@ def called(case: Case, given: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forms(case: Case, dtype: torch.dtype, device: str) -> None:
+    if INTERPRETED and dtype == torch.float32 and CASES.index(case) % 3:
+        pytest.skip("a third of them in float32")
     if INTERPRETED or device == "cuda":
         check(case, dtype, device)
     given = inputs(case, dtype, device)
