@@ -30,6 +30,7 @@ from glm_kernels.bench import (
     cases,
     command,
     decode,
+    dense,
     goals,
     int4,
     ladders,
@@ -193,6 +194,11 @@ def test_elementwise_work_is_what_is_read_and_written() -> None:
         assert y.nbytes == activations.outputs(case)
         assert activations.work(case).bytes == nbytes(inputs) + y.nbytes
     product = int4.Int4Case(model="tiny", dtype="float16", matrix="down", outputs=40, inputs=256, rows=3)
+    for fused in ({"norm": True, "swiglu": True}, {"bias": True, "residual": True}):
+        case = dense.DenseCase(model="tiny", dtype="float16", matrix="down", outputs=40, inputs=64, rows=3, **fused)
+        inputs = dense.make_inputs(case, CPU, 0)
+        assert dense.cublas(case, inputs)().nbytes == dense.outputs(case)
+        assert dense.work(case).bytes == nbytes(inputs) + dense.outputs(case)
     assert int4.work(product).bytes == nbytes(int4.make_inputs(product, CPU, 0)) + int4.outputs(product)
     for append in ("", "float32", "int8"):
         turned = small_rotary(append=append)
@@ -356,6 +362,7 @@ FEW: list[tuple[Subject[Any], Case]] = [  # for the interpreter, which is slow, 
     (norms.SUBJECT, norms.NormCase(model="tiny", kind="layer", width=48, rows=5, residual=True, **HALF)),
     (rotary.SUBJECT, small_rotary(append="float16", **HALF)),
     (activations.SUBJECT, activations.ActivationCase(model="tiny", kind="swiglu", inner=24, rows=5, **HALF)),
+    (dense.SUBJECT, dense.DenseCase(model="tiny", matrix="up", outputs=40, inputs=256, rows=2, norm=True, **HALF)),
     (int4.SUBJECT, int4.Int4Case(model="tiny", matrix="down", outputs=40, inputs=256, rows=3, **HALF)),
 ]
 
@@ -376,6 +383,9 @@ def tiny_cases() -> list[tuple[Subject[Any], Case]]:
     for kind in activations.PLAIN:
         activation = activations.ActivationCase(model="tiny", kind=kind, inner=24, rows=5, **HALF)
         found.append((activations.SUBJECT, activation))
+    for rows, fused in ((1, {"norm": True, "swiglu": True}), (5, {"bias": True, "residual": True})):
+        few = dense.DenseCase(model="tiny", matrix="down", outputs=40, inputs=256, rows=rows, **HALF, **fused)
+        found.append((dense.SUBJECT, few))
     for rows in (1, 5):
         product = int4.Int4Case(model="tiny", matrix="down", outputs=40, inputs=256, rows=rows, **HALF)
         found.append((int4.SUBJECT, product))

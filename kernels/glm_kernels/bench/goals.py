@@ -126,6 +126,11 @@ def short_cache(row: Row) -> bool:
     return bool(row["fields"]["batch"] == 1 and row["fields"]["keys"] <= 1024)
 
 
+def one_row(row: Row) -> bool:
+    """One row of x."""
+    return bool(row["fields"]["rows"] == 1)
+
+
 def mlp_rows(*rows: int) -> Callable[[Row], bool]:
     """A matrix of a feed-forward layer, times so many rows."""
     return lambda row: row["fields"]["rows"] in rows and row["fields"]["matrix"] in ("gate and up", "up", "down")
@@ -141,6 +146,8 @@ GOALS = (
     Goal("decode", "64 MB of cache or more", large_cache, "R", at_read_roof, 0.92, 0.85),
     Goal("decode", "64 MB of cache or more", large_cache, "flashinfer", peer("flashinfer"), 1.05),
     Goal("decode", "one sequence, at most 1k", short_cache, "", None, 6.0, 8.0),
+    Goal("dense", "1 row", one_row, "R", at_read_roof, 0.92, 0.85),
+    Goal("dense", "1 row", one_row, "cuBLAS", peer("cuBLAS"), 1.00, 0.95),
     Goal("int4", "MLP, 1 row", mlp_rows(1), "R", at_read_roof, 0.90, 0.80),
     Goal("int4", "MLP, 1 row", mlp_rows(1), "cuBLAS bf16", peer("cuBLAS bf16"), 3.4),
     Goal("int4", "MLP, 1 row", mlp_rows(1), "tinygemm", peer("tinygemm"), 1.6),
