@@ -107,11 +107,12 @@ for name in SHOWN:
     sizes = floors[name].values()
     print(f"{name:16}" + "".join(f"{size / 1e9:10.2f}" for size in sizes) + "".join(f"{1e12 / s:10.1f}" for s in sizes))
 
-drawing.bars(
-    list(floors),
-    {f"{form}, GB a token": [floors[name][form] / 1e9 for name in floors] for form in ("bf16", "int8", "int4")},
-    number="{:.2f}",
+forms = ("bf16", "int8", "int4")
+picture = drawing.bars(
+    list(floors), {form: [sizes[form] / 1e9 for sizes in floors.values()] for form in forms}, number="{:.2f}"
 )
+picture.axes[0].set_title("GB of weights read a token")
+picture
 
 # %% [markdown]
 # The two releases with experts stand out: they hold many times what they read.
@@ -128,13 +129,12 @@ for name in SHOWN:
 # bf16 and in int4? (Exercise 4.4 counts the same for a whole model in memory.)
 
 # %%
-print(f"{'release':16}{'bytes of cache a token':>24}{'as much as bf16':>18}{'as much as int4':>18}{'context':>10}")
+print(f"{'':16}{'bytes of cache':>15}{'tokens of cache like weights in':>33}{'':>10}")
+print(f"{'release':16}{'a token':>15}{'bf16':>18}{'int4':>15}{'context':>12}")
 for name in SHOWN:
     each = cache_bytes_per_token(SPECS[name], BF16)
-    print(
-        f"{name:16}{each:24,}{floors[name]['bf16'] / each:18,.0f}{floors[name]['int4'] / each:18,.0f}"
-        f"{SPECS[name].context:10,}"
-    )
+    as_bf16, as_int4 = (floors[name][form] / each for form in ("bf16", "int4"))
+    print(f"{name:16}{each:15,}{as_bf16:18,.0f}{as_int4:15,.0f}{SPECS[name].context:12,}")
 
 # %% [markdown]
 # ## Rows, and where int4 stops being bound by memory
