@@ -128,6 +128,11 @@ class Layout:
             seen = seen & (j >= self.start[:, None, None])
         return seen.expand(B, -1, -1)
 
+    @property
+    def explicit(self) -> bool:
+        """Whether visibility was given, instead of following from the rule of this file."""
+        return self._visible is not None
+
     def mask(self, always: int = 0) -> Mask:
         """For attention over `always` columns that every query sees (a learned prefix), then the S keys."""
         B, T, _ = self.positions.shape

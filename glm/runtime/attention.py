@@ -31,10 +31,10 @@ class FusedMixer(Protocol):
 
 
 def fused_mixer(module: nn.Module, turns: Turns, store: Store) -> FusedMixer:
-    """The engine's form of a mixer: the module itself where there is no other."""
-    if isinstance(module, AttentionModule):
+    """The engine's form of a mixer: the module itself where there is no other, and where it is a change of one."""
+    if type(module) is AttentionModule:
         return FusedAttention(module, turns.rotary, store)
-    if isinstance(module, LatentAttentionModule):
+    if type(module) is LatentAttentionModule:
         return FusedLatentAttention(module, turns.rotary, store)
     return AsItIs(module, turns)
 

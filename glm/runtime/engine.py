@@ -484,7 +484,9 @@ class Engine:
 
 
 def with_step(layout: Layout, spec: Spec) -> Layout:
-    """A layout of one row that knows how its positions go on."""
+    """A layout of one row that knows how its positions go on. Raises LayoutError where the engine knows no rule."""
+    if layout.explicit:
+        raise LayoutError("the engine knows the visibility of glm/layout.py only: use the model itself, `glm.generate`")
     if layout.step is None:
         layout.step = torch.tensor([spec.reading.step])
     return layout

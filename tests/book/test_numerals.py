@@ -27,7 +27,7 @@ DOCUMENTS = sorted(
     for folder, pattern in ((".", "*.md"), ("kernels", "**/*.md"), ("weights", "*.md"), ("docs", "**/*.md"))
     for path in (ROOT / folder).glob(pattern)
 )
-CHAPTERS = sorted((ROOT / "docs" / "chapters").glob("*.py")) + sorted((ROOT / "docs" / "load").glob("*.py"))
+CHAPTERS = [path for folder in ("chapters", "load", "guides") for path in sorted((ROOT / "docs" / folder).glob("*.py"))]
 
 
 class Fact(NamedTuple):

@@ -2,7 +2,7 @@
 
 import gc
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,9 +19,12 @@ from two_processes import prompts as toy_prompts
 
 import glm
 from glm import GLM, Engine, PromptLookup, SmallerModel
+from glm.attention import Attention, AttentionModule
+from glm.cache import Memory
 from glm.errors import CacheError, ConfigError, GenerationError, LayoutError
-from glm.layout import Blank
-from glm.linear import Linear
+from glm.layout import Blank, Causal, Layout, Mask
+from glm.linear import Linear, Weights
+from glm.positions import Rotation
 from glm.runtime import Request
 
 LONG = 64
@@ -506,3 +509,48 @@ def test_a_thousand_generations_leave_nothing() -> None:
 @pytest.mark.slow
 def test_ten_thousand_generations_leave_nothing() -> None:
     assert generations(Engine(model_of(native_spec(layers=1), 1), max_batch=8, max_length=16), 10_000) < 4 << 20
+
+
+# ----------------------------------------------------------------------------- models that somebody changed
+
+
+class Flat(Attention):
+    """Attention in which all that is seen counts alike: a change that no kernel knows."""
+
+    def build(self, width: int, weights: Weights) -> nn.Module:
+        return FlatModule(self, width, weights)
+
+
+class FlatModule(AttentionModule):
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, memory: Memory) -> Tensor:
+        self.qkv.weight.data[: self.spec.heads * self.spec.head_width] = 0
+        return super().forward(x, rotation, mask, memory)
+
+
+def test_a_changed_mixer_is_not_taken_for_the_one_it_was_made_of() -> None:
+    spec = native_spec()
+    block = replace(spec.blocks[0], mixer=Flat(**vars(spec.blocks[0].mixer)))
+    pure = model_of(replace(spec, blocks=(block,) * len(spec.blocks)), 3)
+    engine = Engine(pure, max_batch=2, max_length=LONG)
+    prompts = [[3, 4, 5, 6, 7], [8, 9]]
+    assert engine.generate(prompts, max_new_tokens=9, stop=()) == [plain(pure, p, 9, stop=()) for p in prompts]
+    with torch.inference_mode():
+        truth = pure(torch.tensor([prompts[0]]))[0]
+    assert (engine.read(prompts[0]) - truth).abs().max() <= 1e-10 * truth.square().mean().sqrt()
+
+
+@dataclass(frozen=True)
+class Near(Causal):
+    """A token sees itself and the one before."""
+
+    def read(self, ids: Tensor, real: Tensor | None = None) -> Layout:
+        layout = super().read(ids, real)
+        return Layout(layout.positions, layout.visible & ~layout.visible.tril(-2))
+
+
+def test_a_reading_rule_with_a_mask_of_its_own_is_refused() -> None:
+    engine = Engine(model_of(replace(native_spec(), reading=Near()), 3), max_length=LONG)
+    with pytest.raises(LayoutError, match=r"the engine knows the visibility of glm/layout.py only"):
+        engine.submit([3, 4, 5], max_new_tokens=2)
+    with pytest.raises(LayoutError, match="use the model itself"):
+        engine.read([3, 4])
