@@ -162,11 +162,11 @@ expected = sum(1 / n for n in range(1, T + 1))
 assert abs(moves.mean() - expected) < 8 * math.sqrt(expected / 4000)  # its variance is less than its mean
 
 y, maxima = carried(1)
-picture, axes = drawing.figure(5, 2.4)
+picture, axes = drawing.figure(5, 2.6)
 axes.plot(s.tolist(), ".", color=drawing.SKY, label="score of the next key")
 axes.step(range(T), maxima, where="post", color=drawing.RED, label="greatest so far")
 axes.set_xlabel("key")
-axes.legend(loc="lower right")
+picture.legend(loc="outside lower center", ncols=2)
 picture
 
 # %% [markdown]

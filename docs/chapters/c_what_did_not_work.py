@@ -51,7 +51,8 @@ def source(found: dict) -> str:
 # %%
 tried = json.loads((ROOT / "docs" / "results" / "tried.json").read_text(encoding="utf-8"))
 for what, log in tried.items():
-    display(Markdown(f"**Of the {what}** ({source(log)}). {log['how']}"))
+    where = {"cpu": "On the CPU", "kernels": "Of the kernels"}.get(what, what)
+    display(Markdown(f"**{where}** ({source(log)}). {log['how']}"))
     table(("tried", "found"), [(row["tried"], row["found"]) for row in log["rows"]])
     assert log["date"]
     assert log["rows"]
@@ -76,7 +77,9 @@ for case in accuracy["cases"]:
         if "gptq" in found and "search" in found and found["gptq"] > found["search"]:
             zeros = "without" if symmetric else "with"
             ratio = found["gptq"] / found["search"]
-            rows.append((case["what"], f"{weights}, groups {group}, {zeros} zero points", f"{ratio:.2f} times"))
+            rows.append(
+                (case["what"].rstrip(":"), f"{weights}, groups {group}, {zeros} zero points", f"{ratio:.2f} times")
+            )
 compared = sum(row["method"] == "gptq" for case in accuracy["cases"] for row in case["rows"])
 display(Markdown(f"In {len(rows)} of {compared} forms, {source(accuracy)}:"))
 table(("case", "form", "divergence of GPTQ, by that of the search"), rows)
