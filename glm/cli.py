@@ -566,6 +566,7 @@ def verify(
     tolerance: Annotated[
         float | None, option("X", "Largest error of the logits over their rms.", "1e-9 in float64")
     ] = None,
+    engine: Annotated[bool, typer.Option("--engine", help="Hold the engine to them as well.")] = False,
 ) -> None:
     """Compare models with reference outputs, layer by layer.
 
@@ -581,7 +582,8 @@ def verify(
     for folder in folders:
         try:
             with busy(f"verifying {called(folder)} …"):
-                report = held(folder, dtype=getattr(torch, dtype), device=place, tolerance=tolerance, mesh=mesh)
+                kind = getattr(torch, dtype)
+                report = held(folder, dtype=kind, device=place, tolerance=tolerance, mesh=mesh, engine=engine)
             show(report)
             over += not report.ok
         except GLMError as error:

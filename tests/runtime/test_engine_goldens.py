@@ -19,6 +19,8 @@ from glm import GLM, Engine
 from glm.errors import LayoutError
 from glm.layout import Blank, Layout
 from glm.runtime import decoding, norms
+from glm.runtime.composed import Composed
+from glm.verify import verify
 
 NAMES = sorted(ALL)
 ROOM = 64
@@ -172,3 +174,18 @@ def test_a_layout_that_is_no_rule_is_refused() -> None:
     visible[0, 3, 1] = False
     with pytest.raises(LayoutError, match="the engine reads one text"):
         engine.read([1, 2, 3, 4], Layout(torch.arange(4)[None, :, None], visible))
+
+
+@directly
+def test_verify_asks_the_engine_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = verify(ALL["chatglm3-base"], engine=True)
+    assert report.ok
+    assert sum(row.quantity == "logits, engine" for row in report.rows) == 4
+    assert any(row.quantity == "greedy, engine" for row in report.rows)
+    whole = decoding.greedy
+    monkeypatch.setattr(decoding, "greedy", lambda logits: whole(-logits))
+    wrong = {row.quantity for row in verify(ALL["chatglm3-base"], engine=True).rows if not row.ok}
+    assert wrong == {"greedy, engine"}
+    monkeypatch.setattr(Composed, "logits", lambda self, x: self.head(x))
+    wrong = {row.quantity for row in verify(ALL["chatglm3-base"], engine=True).rows if not row.ok}
+    assert wrong == {"greedy, engine", "logits, engine"}
