@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ParallelError,
         PromptError,
         TokenizerError,
+        TraceError,
     )
     from glm.export import save_pretrained
     from glm.family import release, releases
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from glm.parallel import tensor_parallel
     from glm.spec import Block, Spec
     from glm.tokenizer import Tokenizer
+    from glm.tracing import trace
 
 HOMES = {
     "glm.blanks": ("score",),
@@ -61,6 +63,7 @@ HOMES = {
         "ParallelError",
         "PromptError",
         "TokenizerError",
+        "TraceError",
     ),
     "glm.drafting": ("NextToken", "PromptLookup"),
     "glm.export": ("save_pretrained",),
@@ -71,6 +74,7 @@ HOMES = {
     "glm.parallel": ("tensor_parallel",),
     "glm.spec": ("Block", "Spec"),
     "glm.tokenizer": ("Tokenizer",),
+    "glm.tracing": ("trace",),
 }
 HOME = {name: home for home, names in HOMES.items() for name in names}
 
@@ -93,6 +97,7 @@ __all__ = [
     "Spec",
     "Tokenizer",
     "TokenizerError",
+    "TraceError",
     "diff",
     "embedded",
     "generate",
@@ -102,6 +107,7 @@ __all__ = [
     "score",
     "stream",
     "tensor_parallel",
+    "trace",
 ]
 
 

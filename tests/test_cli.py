@@ -30,7 +30,7 @@ from glm.tokenizer import Tokenizer
 
 PROJECT = Path(__file__).parents[1]
 COMMANDS = [
-    *("chat", "complete", "infill", "info", "releases", "diff", "tokenize", "verify"),
+    *("chat", "complete", "infill", "info", "releases", "diff", "tokenize", "trace", "verify"),
     *("convert", "quantize", "accuracy", "synthesize", "train"),
 ]
 TINY = PROJECT / "weights" / "tiny-glm"
