@@ -140,6 +140,12 @@ def branches(block: Block) -> list[str]:
     return [f"u_{i}" if name == "identity" else f"{name}(u_{i})" for i, name in enumerate(names, 1)]
 
 
+def branched(spec: Spec, block: Block) -> str:
+    """All branches, which lie in one matrix."""
+    names = [f"u_{i}" for i, _ in enumerate(branches(block), 1)]
+    return f"{names[0] if len(names) == 1 else '[' + ', '.join(names) + ']'} = W_up h"
+
+
 def activated(spec: Spec, block: Block) -> str:
     """Those of them that have an activation."""
     return ", ".join(branch for branch in branches(block) if "(" in branch)
@@ -244,7 +250,7 @@ EQUATIONS: dict[str, tuple[str, Equation]] = {
 }
 for place, axes in (("", "B T"), (" / shared", "B T"), (" / expert N", "n")):
     inside = f"block N / feed-forward{place}"
-    EQUATIONS[f"{inside} / branches"] = (f"{axes} F…", "[u_1, u_2 …] = W_up h")
+    EQUATIONS[f"{inside} / branches"] = (f"{axes} F…", branched)
     EQUATIONS[f"{inside} / activated"] = (f"{axes} F", activated)
     EQUATIONS[f"{inside} / product"] = (f"{axes} F", product)
     if place:

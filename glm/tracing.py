@@ -383,7 +383,7 @@ class Watch:
 
     def rows(self, x: Tensor) -> Tensor:
         """What was computed of all tokens one after another, [B · T, …], as [B, T, …]."""
-        return x.unflatten(0, (self.B, self.T))
+        return x.view(self.B, self.T, *x.shape[1:])
 
     def saw(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """A function of torch was called within the module that is at work."""
@@ -444,7 +444,8 @@ def attention(q: Tensor, k: Tensor, sees: Tensor, scale: float | None) -> tuple[
 
 def repeated(x: Tensor, heads: int) -> Tensor:
     """Key heads [B, G, S, K], each as often as it has query heads: [B, H, S, K]."""
-    return x.expand(-1, heads, -1, -1) if x.shape[1] == 1 else x.repeat_interleave(heads // x.shape[1], dim=1)
+    y: Tensor = x.repeat_interleave(heads // x.shape[1], dim=1)
+    return y
 
 
 def reproduced(name: str, q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scale: float | None, y: Tensor) -> None:
