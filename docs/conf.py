@@ -38,6 +38,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.ge
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # chapters are small, and run side by side
     os.environ[name] = "1"
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, of progress bars that nobody asks for
 os.environ["SOURCE_DATE_EPOCH"] = "0"  # pictures say when they were drawn: let them be the same each time
 
 # Pictures drawn with pyplot come out as SVG too, as those of docs/drawing.py do.

@@ -16,17 +16,19 @@ from textwrap import fill
 import torch
 from IPython.display import HTML, display
 from rich.console import Console
+from torch.nn.functional import gelu
 
 import glm
 from docs import drawing
-from glm.norms import wide
+from glm.tracing import Trace
 
 torch.set_grad_enabled(False)
 model = glm.GLM.from_pretrained(glm.embedded(), dtype=torch.float64)
 tokenizer = glm.Tokenizer.from_pretrained(glm.embedded())
 spec, block = model.spec, model.spec.blocks[0]
 
-prompt = tokenizer.chat([{"role": "user", "content": "What is blank infilling?"}])
+question = "What is blank infilling?"
+prompt = tokenizer.chat([{"role": "user", "content": question}])
 trace = glm.trace(model, prompt, tokenizer)
 print(f"{len(trace)} steps for {len(prompt)} tokens")
 
@@ -39,11 +41,12 @@ print(f"{len(trace)} steps for {len(prompt)} tokens")
 
 # %%
 def close(x: torch.Tensor, y: torch.Tensor, terms: int) -> bool:
-    return bool((x - y).abs().max() <= terms * torch.finfo(torch.float64).eps * y.abs().max())
+    rounding = terms * torch.finfo(torch.float64).eps
+    return bool((x - y).abs().max() <= rounding * y.abs().max())
 
 
 def show(pattern: str) -> None:
-    Console(width=92, highlight=False).print(trace.only(pattern))
+    Console(width=80, highlight=False).print(trace.only(pattern))
 
 
 # %% [markdown]
@@ -55,15 +58,16 @@ def show(pattern: str) -> None:
 # token inside.
 
 # %%
-for piece, id, (place, inside) in zip(trace.pieces, prompt, trace["positions"][0].tolist(), strict=True):
-    print(f"{id:5} {piece!r:12} place {place}, inside {inside}")
+for t, (place, inside) in enumerate(trace["positions"][0].tolist()):
+    print(f"{prompt[t]:5} {trace.pieces[t]!r:12} place {place}, inside {inside}")
 
 # %% [markdown]
 # With the places comes a rule of who may see whom. What is read, the question with its blank, sees all of itself;
 # what is written sees that and what was written before. The next chapter is about this picture.
 
 # %%
-drawing.mask(trace.layout, [piece.replace(" ", "␣") for piece in trace.pieces])
+pieces = [piece.replace(" ", "␣") for piece in trace.pieces]
+drawing.mask(trace.layout, pieces)
 
 # %% [markdown]
 # ## A row of the embedding
@@ -95,8 +99,8 @@ show("block 0 / attention / *")
 
 # %%
 norm = model.blocks[0].wire_mixer.before
-h = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + block.norm.eps).sqrt()
-h = h * norm.weight + norm.bias
+mean, variance = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
+h = (x - mean) / (variance + block.norm.eps).sqrt() * norm.weight + norm.bias
 assert close(trace["block 0 / attention / input"], h, spec.width)
 
 # %% [markdown]
@@ -106,13 +110,16 @@ assert close(trace["block 0 / attention / input"], h, spec.width)
 
 # %%
 H, K = block.mixer.heads, block.mixer.head_width
-qkv = h @ model.blocks[0].mixer.qkv.weight.T + model.blocks[0].mixer.qkv.bias
+matrix = model.blocks[0].mixer.qkv
+qkv = h @ matrix.weight.T + matrix.bias
 assert close(trace["block 0 / attention / qkv"], qkv, spec.width)
 
-q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (-1, K)).split(H, dim=2))  # [B H T K]
+parts = qkv.unflatten(-1, (-1, K)).split(H, dim=2)
+q, k, v = (part.transpose(1, 2) for part in parts)  # [B H T K]
 assert close(trace["block 0 / attention / v"], v, spec.width)
 for name, unturned in (("q", q), ("k", k)):
-    assert close(trace[f"block 0 / attention / {name}"].norm(dim=-1), unturned.norm(dim=-1), spec.width)
+    turned = trace[f"block 0 / attention / {name}"]
+    assert close(turned.norm(dim=-1), unturned.norm(dim=-1), spec.width)
 
 # %% [markdown]
 # The score of a query for a key is their product. Over the keys that a token may see, scores become probabilities,
@@ -142,8 +149,8 @@ assert close(trace["block 0 / attention / output"], a, spec.width + K)
 
 # %%
 last = len(spec.blocks) - 1
-pieces = [piece.replace(" ", "␣") for piece in trace.pieces]
-drawing.heat(trace[f"block {last} / attention / probabilities"][0, 0], pieces, pieces, label="probability", width=4.6)
+p = trace[f"block {last} / attention / probabilities"][0, 0]
+drawing.heat(p, pieces, pieces, label="probability", width=4.6)
 
 # %% [markdown]
 # ## Back into the stream
@@ -160,7 +167,8 @@ between = alpha * h + a
 assert close(trace["block 0 / stream between"], between, 2 * spec.width)
 assert alpha == (2 * len(glm.release("chatglm-6b").spec.blocks)) ** 0.5
 size_of_h, size_of_a = (part.square().mean().sqrt() for part in (h, a))
-print(f"α = {alpha:.3f} = √{alpha**2:.0f}; rms of h {size_of_h:.2f}, of a {size_of_a:.2f}")
+print(f"α = {alpha:.3f} = √{alpha**2:.0f}")
+print(f"rms of h {size_of_h:.2f}, of a {size_of_a:.2f}")
 
 # %% [markdown]
 # ## The feed-forward: each token by itself
@@ -174,30 +182,36 @@ print(f"α = {alpha:.3f} = √{alpha**2:.0f}; rms of h {size_of_h:.2f}, of a {si
 show("block 0 / feed-forward / *")
 module = model.blocks[0].feed_forward
 h = trace["block 0 / feed-forward / input"]
-u = torch.nn.functional.gelu(h @ module.up.weight.T + module.up.bias, approximate="tanh")
+u = gelu(h @ module.up.weight.T + module.up.bias, approximate="tanh")
 a = u @ module.down.weight.T + module.down.bias
 assert close(trace["block 0 / feed-forward / product"], u, spec.width)
-assert close(trace["block 0 / feed-forward / output"], a, block.feed_forward.inner)
-assert close(trace["block 0 / stream"], alpha * h + a, block.feed_forward.inner)
+F = block.feed_forward.inner
+assert close(trace["block 0 / feed-forward / output"], a, F)
+assert close(trace["block 0 / stream"], alpha * h + a, F)
 
 # %% [markdown]
 # The other blocks do the same with other numbers. From block to block only the stream is handed on: what a block
-# computes depends on nothing else but the positions and the mask, which are the same for all.
+# computes depends on nothing else but the positions and the mask, which are the same for all. Here is how large the
+# vector of the last token is after each, and what the two sublayers answered it.
 
 # %%
-names = {
-    i: [name.removeprefix(f"block {i} / ") for name in trace if name.startswith(f"block {i} /")]
-    for i in range(last + 1)
+def steps_of(found: Trace, i: int) -> list[str]:
+    start = f"block {i} / "
+    return [name.removeprefix(start) for name in found if name.startswith(start)]
+
+
+def rms(step: str) -> list[float]:
+    return [trace[f"block {i} / {step}"][0, -1].square().mean().sqrt().item() for i in blocks]
+
+
+blocks = range(last + 1)
+assert all(steps_of(trace, i) == steps_of(trace, 0) for i in blocks)
+sizes = {
+    "stream": rms("stream"),
+    "attention answers": rms("attention / output"),
+    "feed-forward answers": rms("feed-forward / output"),
 }
-assert all(names[i] == names[0] for i in names)
-rms = {"stream": [trace[f"block {i} / stream"][0, -1].square().mean().sqrt().item() for i in names]}
-rms["attention answers"] = [
-    trace[f"block {i} / attention / output"][0, -1].square().mean().sqrt().item() for i in names
-]
-rms["feed-forward answers"] = [
-    trace[f"block {i} / feed-forward / output"][0, -1].square().mean().sqrt().item() for i in names
-]
-drawing.bars([f"block {i}" for i in names], rms, number="{:.2f}")
+drawing.bars([f"block {i}" for i in blocks], sizes, number="{:.2f}")
 
 # %% [markdown]
 # ## The stream becomes a token
@@ -209,14 +223,15 @@ drawing.bars([f"block {i}" for i in names], rms, number="{:.2f}")
 # $$ \text{logits} = W_\text{head}\, n(x) $$
 
 # %%
-assert close(trace["logits"], trace["final norm"] @ model.head.weight.T, spec.width)
+logits = trace["final norm"] @ model.head.weight.T
+assert close(trace["logits"], logits, spec.width)
 likely = trace["logits"][0, -1].softmax(-1).topk(5)
-for id, probability in zip(likely.indices.tolist(), likely.values.tolist(), strict=True):
-    print(f"{tokenizer.piece(id)!r:10} {probability:.4f}")
+for probability, id in zip(*likely, strict=True):
+    print(f"{tokenizer.piece(int(id))!r:10} {probability:.4f}")
 
 [answer] = glm.generate(model, [prompt], max_new_tokens=40)
 assert answer[0] == likely.indices[0]
-print(tokenizer.decode(answer))
+print(fill(tokenizer.decode(answer), 80))
 
 # %% [markdown]
 # That the trace changed nothing can be checked to the last bit.
@@ -233,12 +248,14 @@ assert torch.equal(trace["logits"], model(torch.tensor([prompt])))
 
 # %%
 lens = trace.lens(4)
-for layer in range(len(lens.ids)):
-    said = zip(lens.ids[layer, 0, -1].tolist(), lens.probabilities[layer, 0, -1].tolist(), strict=True)
-    where = f"after block {layer - 1}" if layer else "embedding"
-    print(f"{where:14}", "  ".join(f"{tokenizer.piece(id)!r:>9} {probability:.2f}" for id, probability in said))
-assert torch.equal(lens.ids[-1], trace["logits"].topk(4).indices)
-assert close(lens.probabilities[-1], wide(trace["logits"]).softmax(-1).topk(4).values, spec.width)
+for layer, (ids, probabilities) in enumerate(zip(*lens, strict=True)):
+    said = zip(ids[0, -1].tolist(), probabilities[0, -1].tolist(), strict=True)
+    line = "  ".join(f"{tokenizer.piece(id)!r:>9} {p:.2f}" for id, p in said)
+    print(f"after block {layer - 1}" if layer else "embedding    ", line)
+
+p = trace["logits"].softmax(-1).topk(4)
+assert torch.equal(lens.ids[-1], p.indices)
+assert close(lens.probabilities[-1], p.values, spec.width)
 
 # %% [markdown]
 # ## Step through it
@@ -249,8 +266,9 @@ assert close(lens.probabilities[-1], wide(trace["logits"]).softmax(-1).topk(4).v
 
 # %%
 page = glm.trace(model, prompt + answer[:8], tokenizer).page()
-style = "width: 100%; height: 1150px; border: 1px solid #d0d7de; border-radius: 8px"
-display(HTML(f'<div><iframe title="a forward pass" srcdoc="{escape(page)}" style="{style}"></iframe></div>'))
+style = "width: 100%; height: 1150px; border: 1px solid #d0d7de"
+frame = f'<iframe title="a forward pass" srcdoc="{escape(page)}" style="{style}">'
+display(HTML(f"<div>{frame}</iframe></div>"))
 
 # %% [markdown]
 # ## The other generations
@@ -268,10 +286,10 @@ for golden, kind in (
     other = glm.GLM.from_pretrained(goldens / golden, dtype=torch.float64)
     found = glm.trace(other, list(range(5, 25)))
     print(kind)
-    steps = [name.split(" / ")[1:] for name in found if name.startswith("block 1 / ") and "expert " not in name]
-    for sublayer, names in groupby(steps, key=lambda path: path[0]):
-        inside = ", ".join(" ".join(path[1:]) for path in names)
-        print(fill(f"{sublayer}: {inside}".removesuffix(": "), 88, initial_indent="    ", subsequent_indent="        "))
+    steps = [name.split(" / ") for name in steps_of(found, 1) if "expert " not in name]
+    for sublayer, paths in groupby(steps, key=lambda path: path[0]):
+        line = f"    {sublayer}: " + ", ".join(" ".join(path[1:]) for path in paths)
+        print(fill(line.removesuffix(": "), 80, subsequent_indent="        "))
     assert steps[-1] == ["stream"]
 
 # %% [markdown]
@@ -279,8 +297,10 @@ for golden, kind in (
 # ids, and the first step that differs says where to look. Here is a tiny-glm whose norms have another $\epsilon$:
 
 # %%
-broken = glm.GLM(replace(spec, blocks=tuple(replace(b, norm=replace(b.norm, eps=1e-6)) for b in spec.blocks)))
-broken.double().load_state_dict(model.state_dict())
+other_block = replace(block, norm=replace(block.norm, eps=1e-6))
+other_spec = replace(spec, blocks=(other_block,) * len(spec.blocks))
+broken = glm.GLM(other_spec, dtype=torch.float64)
+broken.load_state_dict(model.state_dict())
 other = glm.trace(broken, prompt)
 different = [name for name in trace if not torch.equal(trace[name], other[name])]
 print(different[0])
