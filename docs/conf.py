@@ -57,9 +57,10 @@ settings.write_text('c.InlineBackend.figure_formats = {"svg"}\nc.HistoryManager.
 
 def missing_names(app: Any, env: Any) -> None:
     """Warn of public names that the reference lacks; a warning ends the build."""
-    import glm
     import glm_kernels
     from sphinx.util.logging import getLogger
+
+    import glm
 
     objects = env.domaindata["py"]["objects"]
     for package in (glm, glm_kernels):

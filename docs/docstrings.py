@@ -66,9 +66,10 @@ def laid_out(paragraph: list[str]) -> bool:
 
 def escaped(line: str) -> str:
     """A line of prose without accidental markup; names in `backticks` as code."""
+    line = re.sub(r"^(\s*)\((?=\w+\))", r"\1\\(", line)  # no list begins with "(2)"
     parts = re.split(r"(`+[^`]+`+)", line)
     return "".join(
-        f"``{part.strip('`')}``" if part.startswith("`") else re.sub(r"([\\*|`]|_(?!\w))", r"\\\1", part)
+        f"``{part.strip('`')}``" if part.startswith("`") else re.sub(r"(\\(?!\()|[*|`]|_(?!\w))", r"\\\1", part)
         for part in parts
     )
 

@@ -31,6 +31,7 @@ DOCUMENTS = (
     "weights/tiny-glm/README.md",
     "docs/accuracy.md",
     "docs/design.md",
+    "docs/api/index.md",
 )
 
 
@@ -139,8 +140,9 @@ def accuracy(groups: tuple[str, ...], cases: slice) -> str:
 
 def public_names() -> str:
     """Every name of both packages with the first sentence of its docstring, linked to its place in the reference."""
-    import glm
     import glm_kernels
+
+    import glm
 
     rows = []
     for package in (glm, glm_kernels):
