@@ -17,7 +17,8 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 html_theme = "sphinx_book_theme"
 html_title = project
 html_static_path = ["static"]
-html_theme_options = {"show_toc_level": 2, "use_download_button": False}
+html_theme_options = {"show_toc_level": 2, "use_download_button": False, "navbar_persistent": []}
+highlight_language = "none"  # of blocks that do not say what they are
 exclude_patterns = ["*.py", "answers", "exercises", "results"]
 
 source_suffix = {".md": "myst-nb", ".py": "myst-nb"}
@@ -72,7 +73,8 @@ def missing_names(app: Any, env: Any) -> None:
 
 def setup(app: Any) -> None:
     """Docstrings are plain text: docs/docstrings.py makes them what Sphinx reads. All public names must be there."""
-    from docs.docstrings import process
+    from docs.docstrings import process, skip
 
     app.connect("autodoc-process-docstring", process, priority=400)
+    app.connect("autodoc-skip-member", skip)
     app.connect("env-check-consistency", missing_names)

@@ -98,9 +98,18 @@ def fields(owner: type) -> list[str]:
     return done
 
 
+OF_NAMED_TUPLES = re.compile(r"Create new instance of |Alias for field number ")  # docstrings that Python makes up
+
+
 def process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """What Sphinx calls for every docstring, before napoleon."""
-    done = restructured(lines)
-    if what == "class" and (found := fields(obj)):
-        done += [*found, ""]
-    lines[:] = done
+    """What Sphinx calls for every docstring, before napoleon; those of a class and of its `__init__` come in turn."""
+    if lines and OF_NAMED_TUPLES.match(lines[0]):
+        lines[:] = [""]
+        return
+    its_own = what == "class" and (obj.__doc__ or "").strip().startswith((lines or [""])[0].strip() or "\0")
+    lines[:] = [*restructured(lines), *([*fields(obj), ""] if its_own else [])]
+
+
+def skip(app: Any, what: str, name: str, obj: Any, skipped: bool, options: Any) -> bool | None:
+    """Leave out the fields of named tuples, which `fields` lists."""
+    return True if OF_NAMED_TUPLES.match(getattr(obj, "__doc__", None) or "") else None

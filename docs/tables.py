@@ -144,13 +144,15 @@ def public_names() -> str:
 
     import glm
 
-    rows = []
+    lines = []
     for package in (glm, glm_kernels):
+        lines.append(f"`import {package.__name__}`:\n")
         for name in package.__all__:
             thing = getattr(package, name)
-            said = re.split(r"(?<=[.:])\s", " ".join((thing.__doc__ or "").split()))[0].rstrip(":").replace("|", r"\|")
-            rows.append([f"{{py:obj}}`{package.__name__}.{name} <{thing.__module__}.{name}>`", said])
-    return table(["name", "what"], rows).replace("---:", "---")
+            said = re.split(r"(?<=[.:])\s", " ".join((thing.__doc__ or "").split()))[0].rstrip(":.")
+            lines.append(f"- {{py:obj}}`{name} <{thing.__module__}.{name}>` – {said}")
+        lines.append("")
+    return "\n".join(lines).strip()
 
 
 def tried(where: str) -> str:
