@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from glm.parallel import tensor_parallel
     from glm.spec import Block, Spec
     from glm.tokenizer import Tokenizer
-    from glm.tracing import trace
+    from glm.tracing import Trace, trace
 
 HOMES = {
     "glm.blanks": ("score",),
@@ -74,7 +74,7 @@ HOMES = {
     "glm.parallel": ("tensor_parallel",),
     "glm.spec": ("Block", "Spec"),
     "glm.tokenizer": ("Tokenizer",),
-    "glm.tracing": ("trace",),
+    "glm.tracing": ("Trace", "trace"),
 }
 HOME = {name: home for home, names in HOMES.items() for name in names}
 
@@ -97,6 +97,7 @@ __all__ = [
     "Spec",
     "Tokenizer",
     "TokenizerError",
+    "Trace",
     "TraceError",
     "diff",
     "embedded",
