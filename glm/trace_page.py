@@ -17,6 +17,7 @@ from torch import Tensor
 
 from glm.errors import GLMError, TraceError
 from glm.experts import Experts
+from glm.linear import Dense
 from glm.norms import wide
 from glm.tracing import Lens, Step, Trace
 
@@ -44,8 +45,10 @@ def page(trace: Trace, row: int = 0) -> str:
 def numbers(trace: Trace, row: int, matrices: dict[str, Tensor]) -> dict[str, Any]:
     """All that the page shows, as JSON has it."""
     spec, lens = trace.model.spec, trace.lens(LIKELIEST)
+    dtype = str(trace.model.dtype).removeprefix("torch.")
+    stored = "" if isinstance(spec.weights, Dense) else f", weights {spec.weights}"
     return {
-        "title": f"{len(spec.blocks)} blocks, width {spec.width}, {str(trace.model.dtype).removeprefix('torch.')}",
+        "title": f"{len(spec.blocks)} blocks, width {spec.width}, {dtype}{stored}",
         "tokens": [
             {"piece": trace.piece(id), "id": id, "at": at}
             for id, at in zip(trace.ids[row].tolist(), trace["positions"][row].tolist(), strict=True)

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,15 @@ def test_text_cannot_end_the_script() -> None:
 
 def test_a_page_has_one_slot_for_its_numbers() -> None:
     assert TEMPLATE.read_text(encoding="utf-8").count(SLOT) == 1
+
+
+def test_the_template_is_part_of_the_package() -> None:
+    project = tomllib.loads((GOLDENS.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert TEMPLATE.name in project["tool"]["setuptools"]["package-data"]["glm"]
+
+
+def test_integer_weights_are_said_to_be() -> None:
+    assert "weights RowScaled(bits=4)" in data(traced(GOLDENS / "chatglm2-int4").page())["title"]
 
 
 def test_a_text_too_long_for_a_page_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,6 +194,7 @@ assert close(trace["block 0 / stream"], alpha * h + a, F)
 # computes depends on nothing else but the positions and the mask, which are the same for all. Here is how large the
 # vector of the last token is after each, and what the two sublayers answered it.
 
+
 # %%
 def steps_of(found: Trace, i: int) -> list[str]:
     start = f"block {i} / "
