@@ -7,6 +7,7 @@ import sys
 from functools import cache
 from pathlib import Path
 from random import Random
+from time import sleep
 from typing import Any
 
 import pytest
@@ -265,3 +266,34 @@ def test_nothing_is_wider_than_the_window(page: Page, width: int, text: str) -> 
     assert ("shorten the text" in page.texts("#message")[0]) == (text == "too many tokens")
     assert page.faults() == []
     assert page.asked() == [], "nothing is fetched"
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_book_shows_the_page_as_high_as_it_is(page: Page, tmp_path: Path, width: int) -> None:
+    """As in docs/interactive.md, which includes the frame, beside the static files of the built book."""
+    assert "static/interactive/frame.html" in (ROOT / "docs" / "interactive.md").read_text(encoding="utf-8")
+    shutil.copytree(FOLDER, tmp_path / "_static" / "interactive")
+    around = tmp_path / "interactive.html"
+    around.write_text(
+        "<!doctype html><meta name='viewport' content='width=device-width, initial-scale=1'>"
+        + (FOLDER / "frame.html").read_text(encoding="utf-8"),
+        encoding="utf-8",
+    )
+    page.open(around, width)
+    frame = page.driver.find_element("css selector", "iframe")
+    page.run("arguments[0].scrollIntoView()", frame)
+    page.driver.switch_to.frame(frame)
+    try:
+        for text in ("Short.", "长" * 50):
+            page.put("#text", text)
+            for _ in range(50):
+                beyond = page.run("return document.scrollingElement.scrollHeight - innerHeight")
+                spare = page.run("return innerHeight - document.querySelector('main').offsetHeight")
+                if beyond <= 0 and spare <= 8:
+                    break
+                sleep(0.1)
+            assert beyond <= 0
+            assert 0 <= spare <= 8
+    finally:
+        page.driver.switch_to.default_content()
+    assert page.overflow() <= 0
