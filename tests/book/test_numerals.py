@@ -56,8 +56,9 @@ NOT_PROSE = (
 NUMBERED = (  # numbers that belong to a name
     r"\b(?:arXiv:|doi:)\S+",
     r"\b(?:torch|PyTorch|Python|Triton|transformers|compressed-tensors|Sphinx|CUDA|Apache)[ -](?:≥ )?[\d.]*\d",
-    r"\b(?:GLM|ChatGLM\d?|CodeGeeX\d?)[- ]?[\w.-]*\w(?: (?:to|and|or) \d[\d.]*\d?)?",
+    r"\b(?:GLM|ChatGLM\d?|CodeGeeX\d?)[- ]?[\w.-]*\w(?:(?:,| to| and| or) \d[\d.]*\d)*",
     r"\b(?:[Cc]hapters?|[Ss]ections?|[Ee]xercises?|[Ee]quations?|[Ll]ine|issue|file)s? \(?\d[\d.]*(?:[–-]\d[\d.]*)?",
+    r"\b[Vv]ersions? \d+(?:\.\d+)+",
     r"\b20[12]\d(?:-\d\d-\d\d)?\b",
     r"^#+ \d+(?:\.\d+)*\.? |^ *\d+[.)] ",  # headings and lists
     r"(?<![\w.])[A-Za-z_][\w.+-]*\d[\w.]*|\b\d+[A-Za-z_-]+[A-Z]\w*\b|\b\d-D\b",  # int4, sm_90, 2-D
@@ -193,7 +194,7 @@ def test_planted_results_are_found(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "GLM-4.5 to 4.7, GLM-4-9B, ChatGLM2-6B-32k, GLM-4-0414 and GLM-Z1.",
+        "GLM-4.5 to 4.7, GLM-4.5, 4.6 and 4.7, version 1.0, GLM-4-9B, ChatGLM2-6B-32k, GLM-4-0414 and GLM-Z1.",
         "In 2021, on 2026-11-24, arXiv:2103.10360 said so.",
         "int4, int8, bf16, float64, sm_90, fp16, P-Tuning v2, 2-D, UTF-8.",
         "torch 2.13, Python 3.11, Python ≥ 3.11, Triton 3.7.1 and transformers 5.23.",
