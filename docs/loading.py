@@ -4,7 +4,7 @@ Everything returned shows itself as Markdown where it is the last value of a cel
 """
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import glm
+from docs.writing import Markdown, table
 from glm.cards import CONTEXT, Sizes, shortly, sizes
 from glm.chat import Conversation, TextFormat, shown
 from glm.convert import convert
@@ -23,18 +24,6 @@ from glm.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
-
-
-class Markdown(str):
-    """Text that notebooks show as Markdown."""
-
-    def _repr_markdown_(self) -> str:
-        return str(self)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:
-    """Rows under a head."""
-    return Markdown("\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]))
 
 
 def of(generation: str) -> list[Release]:
