@@ -27,6 +27,7 @@ nb_execution_mode = "force"
 nb_execution_timeout = 120
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 autodoc_typehints = "description"
@@ -45,6 +46,7 @@ sys.path[:0] = PATHS  # for autodoc
 os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # chapters are small, and run side by side
     os.environ[name] = "1"
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm would rather have widgets
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, of progress bars that nobody asks for
 os.environ["SOURCE_DATE_EPOCH"] = "0"  # pictures say when they were drawn: let them be the same each time
@@ -54,7 +56,10 @@ KERNELS = ROOT / "build" / "ipython"
 os.environ["IPYTHONDIR"] = str(KERNELS)
 settings = KERNELS / "profile_default" / "ipython_kernel_config.py"
 settings.parent.mkdir(parents=True, exist_ok=True)
-settings.write_text('c.InlineBackend.figure_formats = {"svg"}\nc.HistoryManager.enabled = False\n', encoding="utf-8")
+settings.write_text(
+    'c.InlineBackend.figure_formats = {"svg"}\nc.HistoryManager.enabled = False\nc.Application.log_level = 40\n',
+    encoding="utf-8",
+)
 
 
 def missing_names(app: Any, env: Any) -> None:
