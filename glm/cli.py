@@ -553,6 +553,45 @@ def tokenize(
     show(table)
 
 
+@app.command(epilog="Example: glm trace 'Attention is [MASK].' --only 'block 0 / *' --html trace.html")
+def trace(
+    text: Text,
+    source: SourceOption = "",
+    chat: Annotated[bool, typer.Option("--chat", help="As a question, in the release's prompt.")] = False,
+    new: Annotated[int, option("N", "Tokens to write first, greedily, and trace as well.")] = 0,
+    only: Annotated[str, option("PATTERN", "The steps whose names match, such as 'block 0 / *'.")] = "*",
+    html: Annotated[Path | None, option("FILE", "Write a page to step through, too.", "no")] = None,
+    json: Annotated[bool, typer.Option("--json", help="A JSON object a step instead of a table.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Every tensor of one forward pass: its name, equation, shape and size.
+
+    A text with a blank is read as by `glm infill`, another as by `glm complete`. Then what the model would say after
+    each layer: the final norm and the head, applied to the stream there.
+    """
+    alone("trace")
+    text = given(text)
+    model, tokenizer = opened(source, dtype, device)
+    from glm.generation import generate
+    from glm.tracing import asked, lens_table
+    from glm.tracing import trace as traced
+
+    ids = tokenizer.chat([{"role": "user", "content": text}]) if chat else asked(tokenizer, text)
+    if new:
+        ids += generate(model, [ids], max_new_tokens=new)[0]
+    with busy("tracing …"):
+        found = traced(model, ids, tokenizer)
+    if html is not None:
+        found.write(html)
+        note(f"{html} is written")
+    if json:
+        print(found.only(only).json())
+    else:
+        show(found.only(only))
+        show(lens_table(found))
+
+
 def visible(piece: str) -> str:
     """A piece with its spaces as ␣, and with every other sign that cannot be seen written out."""
     return "".join("␣" if sign == " " else sign if sign.isprintable() else repr(sign)[1:-1] for sign in piece)
