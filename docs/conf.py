@@ -46,8 +46,8 @@ sys.path[:0] = PATHS  # for autodoc
 os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # chapters are small, and run side by side
     os.environ[name] = "1"
-os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm would rather have widgets
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of a progress bar that nobody asked for
 os.environ["SOURCE_DATE_EPOCH"] = "0"  # pictures say when they were drawn: let them be the same each time
 
 # Pictures drawn with pyplot come out as SVG too, as those of docs/drawing.py do.

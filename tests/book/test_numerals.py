@@ -50,7 +50,7 @@ NOT_PROSE = (
     r"^ *(`{3,})(?!\{(?:note|tip|warning|important|admonition|seealso)\})(?s:.*?)^ *\1`*$",  # fenced code
     r"(?:\A|(?<=\n\n))(?:(?: {4}|\t).*(?:\n|\Z))+",  # indented code
     r"`[^`\n]+`",
-    r"\$\$(?s:.*?)\$\$|\$[^$\n]*[a-zA-Z\\][^$\n]*\$",  # formulas; one of numbers alone is none
+    r"\$\$(?s:.*?)\$\$|\$[^$\n]+\$",
     r"\]\([^)\n]*\)|https?://\S+",
 )
 NUMBERED = (  # numbers that belong to a name
@@ -86,11 +86,17 @@ def innocent(number: str) -> bool:
     return value <= 100 or value % 64 == 0 or value.bit_count() == 1 or (set(digits[1:]) == {"0"} and digits[0] == "1")
 
 
+def taken_away(match: re.Match[str]) -> str:
+    """The lines that are left of what is no prose; a formula of numbers alone stays."""
+    formula = match[0].startswith("$") and not re.search(r"[a-zA-Z\\]", match[0])
+    return match[0] if formula else "\n" * match[0].count("\n")
+
+
 def results(text: str) -> Iterator[tuple[int, str]]:
     """Numerals of a Markdown text that can be results, each with its line."""
     text = text.replace(r"\times", "×").replace(r"\cdot", "·").replace("^{", "^")
     for pattern in NOT_PROSE:
-        text = re.sub(pattern, lambda match: "\n" * match[0].count("\n"), text, flags=re.M)
+        text = re.sub(pattern, taken_away, text, flags=re.M)
     for pattern in NUMBERED:
         text = re.sub(pattern, "", text, flags=re.M)
     for match in RESULT.finditer(text):
