@@ -55,8 +55,11 @@ def a_step_cases() -> Iterator[Case]:
     for seed, (S, H, K, top) in enumerate(((40, 3, 4, 6), (9, 1, 8, 1))):
         q, k, v = random(H, K, seed=seed), random(S, H, K, seed=seed + 30), random(S, H, K, seed=seed + 60)
         chosen = random(S, seed=seed + 90).topk(top).indices
-        near = [only(chosen[None, None], x.flatten(1)[None, None], EVERYTHING)[0].view(1, top, H, K) for x in (k, v)]
-        result = attend(q[None, :, None], *(x.transpose(1, 2) for x in near), EVERYTHING)[0, :, 0]
+        keys, values = (
+            only(chosen[None, None], x.flatten(1)[None, None], EVERYTHING)[0].view(1, top, H, K).transpose(1, 2)
+            for x in (k, v)
+        )
+        result = attend(q[None, :, None], keys, values, EVERYTHING)[0, :, 0]
         others = torch.ones(S, dtype=torch.bool).scatter(0, chosen, False)[:, None, None]
         k, v = (x.masked_fill(others, torch.nan) for x in (k, v))
         yield Case({"q": q, "k": k, "v": v, "chosen": chosen}, {"result": result})

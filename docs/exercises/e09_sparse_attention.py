@@ -43,7 +43,7 @@ def a_step(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
 
 
 def worth_it(mixer: SparseAttention) -> int:
-    """Exercise 9.4. The shortest past, in tokens, for which one query does fewer products with the indexer than without.
+    """Exercise 9.4. The shortest past, in tokens, for which a query does fewer products with the indexer than without.
 
     Attention does 2 H (R + P) products for each key it attends to, the indexer J K for each key there is.
     """
