@@ -99,5 +99,17 @@ def int8_matmul_experts(
 
 
 def int8_prepack(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Prepacked:
-    """A stored matrix in the kernel's layout, for `int8_matmul(x, *prepacked, group=group)`."""
+    """A stored matrix in the kernel's layout, for `int8_matmul(x, *prepacked, group=group)`.
+
+    Args:
+        packed: uint8 [O, I] or int32 [O, I / 4]; all three may have an axis of E experts in front.
+        scales: [O, I / group], in any floating-point dtype.
+        zeros: int8 [O, I / group]; None is 0.
+
+    Returns:
+        int16 [tiles, O, 32], [I / group, O] and [I / group, O] or None; the last tile is filled up.
+
+    Raises:
+        ValueError: Packed integers of another dtype.
+    """
     return prepack(packed, scales, zeros, bits=BITS)
