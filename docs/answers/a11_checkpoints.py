@@ -73,7 +73,7 @@ def from_gptq_cases() -> Iterator[Case]:
         with TemporaryDirectory() as scratch:
             path = Path(scratch) / "model.safetensors"
             save_file(tensors, path)
-            ours = LAYOUTS[layout][1](read_header(path), "m", Scheme(form, layout, head=False))
+            ours = LAYOUTS[layout][1](read_header(path), "m", Scheme(form, layout, ignore=()))
             packed, scale, zeros = (read(name, info) for name, info in ours.items())
         arguments = {name.removeprefix("m."): x for name, x in tensors.items()}
         arguments["scales"] = scales.double()
