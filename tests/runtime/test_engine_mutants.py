@@ -121,8 +121,8 @@ def holds() -> None:
         prompts = toy_prompts(pure.spec)
         engine = Engine(pure, max_batch=2, max_length=40, chunk=4)
         for _ in range(2):
-            assert engine.generate(prompts, max_new_tokens=6, stop=()) == glm.generate(
-                pure, prompts, max_new_tokens=6, stop=()
+            assert engine.generate(prompts, max_new_tokens=16, stop=()) == glm.generate(
+                pure, prompts, max_new_tokens=16, stop=()
             )
         with torch.inference_mode():
             truth_logits = pure(torch.tensor(prompts[:1]))[0]
