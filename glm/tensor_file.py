@@ -88,7 +88,12 @@ class Outgoing:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file by name, in the order of their numbers.
+    """The tensors of a safetensors file by name, in the order of their numbers. Raises what `read_file` does."""
+    return read_file(path)[0]
+
+
+def read_file(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of a safetensors file by name, in the order of their numbers, and the metadata of its writer.
 
     Raises CheckpointError unless the header describes this file exactly: every byte after it belongs to one
     tensor, and every tensor has a known dtype, sensible dimensions and as many bytes as these ask for.
@@ -121,7 +126,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if filled != size:
         what = "truncated" if filled > size else "too long"
         raise CheckpointError(f"{path}: {what}: its tensors end at byte {filled} and the file at {size}")
-    return tensors
+    return tensors, metadata
 
 
 def read_entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:

@@ -29,6 +29,7 @@ NATIVE = {
     "modeling_chatglm.py": b"raise SystemExit('code of a stranger')",
     "pytorch_model.bin": b"a program",
     "onnx/model.safetensors": b"another format",
+    "prepacked.safetensors": b"for the machine of a stranger",
     "README.md": b"words",
 }
 OLD = {"config.json": b"{}", "pytorch_model.bin": b"a program", "ice_text.model": b"", "quantization.py": b"code"}
@@ -83,6 +84,7 @@ def test_what_the_hub_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(not pattern.endswith((".py", "*")) or "LICENSE" in pattern for each in patterns for pattern in each)
     assert [any(p.endswith(".bin") for p in each) for each in patterns] == [False, False, False, True, False]
     assert [any(p.endswith(".safetensors") for p in each) for each in patterns] == [True, False, True, False, True]
+    assert all("prepacked.safetensors" in request["ignore_patterns"] for request in asked)
 
 
 def test_whatever_goes_wrong_there_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from glm.model import GLM
 from glm.runtime.call import Call, Prompt
 from glm.runtime.composed import Composed
 from glm.runtime.decoding import Outcome, advance
-from glm.runtime.matrices import integer_form
+from glm.runtime.matrices import integer_form, lays_out
 from glm.runtime.recording import Recording
 from glm.runtime.requests import Request
 from glm.runtime.rows import Rows
@@ -118,12 +118,20 @@ class Engine:
         prefix: str | PathLike[str] | None = None,
         **options: Any,
     ) -> "Engine":
-        """The engine of a checkpoint folder or hub id, by default on a GPU if there is one; `options` as above."""
-        from glm.pretrained import load
+        """The engine of a checkpoint folder or hub id, by default on a GPU if there is one; `options` as above.
 
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = load(source, dtype=dtype, device=place, revision=revision, prefix=prefix)
-        return cls(model, release=options.get("draft") is None, **options)
+        Where kernels compute with integers, they are read from the file that `glm prepack` wrote, if it is there; a
+        warning says why where it cannot be used. Kernels are compiled at their first call on a machine, and kept in
+        Triton's cache: ~/.triton/cache, or $TRITON_CACHE_DIR.
+        """
+        from glm.pretrained import Opened
+        from glm.runtime.prepacked import with_prepacked
+
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        opened = Opened.of(source, dtype=dtype, revision=revision, prefix=prefix)
+        if lays_out(opened.dtype, place):
+            opened = with_prepacked(opened)
+        return cls(opened.filled(place), release=options.get("draft") is None, **options)
 
     # ------------------------------------------------------------------------- what a caller asks for
 
