@@ -8,8 +8,6 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from glm.errors import CheckpointError
 
 TEXTS = (
@@ -67,6 +65,8 @@ def fetch(
 
 def download(id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     """The hub's files of one repository that match `patterns`, in the local cache."""
+    from huggingface_hub import snapshot_download  # with its HTTP library slower to import than a folder to open
+
     try:
         ignored = [*SUBFOLDERS, PREPACKED]
         return Path(snapshot_download(id, revision=revision, allow_patterns=[*patterns], ignore_patterns=ignored))

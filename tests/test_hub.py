@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from glm import hub
 from glm.errors import CheckpointError
 from glm.hub import fetch
 
@@ -51,7 +50,7 @@ def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     "source", ["/no/such/folder", "chatglm3", "a/b/c", "../x/y", "", "a/b c", "~no_such_user/x/y", "a/", "\0"]
 )
 def test_what_is_neither_folder_nor_id_is_one_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("nobody should be asked"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("nobody should be asked"))
     with pytest.raises(CheckpointError, match="no such folder"):
         fetch(source)
 
@@ -71,7 +70,7 @@ def test_what_the_hub_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         asked.append({"id": id, **how})
         return str(tmp_path)
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(CheckpointError, match=r"org/name: has no \.safetensors.*glm convert org/name DST"):
         fetch("org/name")
     fetch("org/name", "v1", weights=False)
@@ -91,7 +90,7 @@ def test_whatever_goes_wrong_there_is_one_error(monkeypatch: pytest.MonkeyPatch)
     def snapshot_download(*_: Any, **__: Any) -> str:
         raise RuntimeError("the sky is falling\nin many lines")
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(CheckpointError, match=r"^org/name: .*the sky is falling$"):
         fetch("org/name")
 

@@ -37,7 +37,6 @@ from glm.checkpoint import Checkpoint, Stored, in_order, inside, some
 from glm.errors import CheckpointError, GLMError
 from glm.hub import PREPACKED
 from glm.pretrained import Opened
-from glm.progress import progress_bar
 from glm.runtime.laid_out import Integers, LaidOut
 from glm.tensor_file import Outgoing, TensorInfo, read_file, write_tensors
 
@@ -50,6 +49,8 @@ def prepack(source: str | PathLike[str], *, revision: str | None = None, quiet: 
     Memory holds the largest matrix twice, as stored and as laid out. Raises GLMError where no matrix is of integers or
     the file cannot be written, and what loading raises.
     """
+    from glm.progress import progress_bar  # which the engine, reading, has no use for
+
     opened = Opened.of(source, revision=revision)
     tensors = [tensor for name, stored in matrices(opened.model) for tensor in outgoing(opened, name, stored)]
     if not tensors:
