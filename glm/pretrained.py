@@ -21,8 +21,9 @@ from glm.family.generation import Generation
 from glm.hub import fetch
 from glm.info import require_fit
 from glm.model import GLM
+from glm.reading import read_tensor
 from glm.spec import Spec
-from glm.tensor_file import Progress, read_tensor
+from glm.tensor_file import Progress
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
