@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -567,6 +568,18 @@ def test_float16_is_for_gpus(small: str, monkeypatch: pytest.MonkeyPatch, free: 
     assert 250_000 < 4 * total <= 500_000
     assert cli.usual_dtype(Path(small), total, torch.device("cpu")) == getattr(torch, dtype)
     assert cli.usual_dtype(Path(small), total, torch.device("cuda")) is None
+
+
+def test_what_is_laid_out_beforehand_is_not_counted_as_weights(
+    run: Run, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(cli, "usual_dtype", lambda folder, total, device: asked.append(total))
+    folder = tmp_path / "small"
+    shutil.copytree(small, folder)
+    (folder / "prepacked.safetensors").write_bytes(bytes(1000))
+    assert run("complete", "hello", "-s", str(folder), "--max-new-tokens", "1").status == 0
+    assert asked == [(folder / "model.safetensors").stat().st_size]
 
 
 # -- tiny-glm ----------------------------------------------------------------------------------------------------------
