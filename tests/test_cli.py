@@ -133,6 +133,8 @@ MISTAKES = {
     "chat SMALL --device sideways": (1, "try --device cpu"),
     "chat SMALL --dtype int3": (2, "'int3' is not one of float64"),
     "chat SMALL --seed x": (2, "--seed"),
+    "chat SMALL --engine --room 0": (1, "max_length is a whole number from 1"),
+    "chat SMALL --draft -1": (1, "guesses and longest are at least 1"),
     "chat SMALL --temperature -1": (1, "temperature is 0 (greedy)"),
     "chat SMALL --top-p 0": (1, "top_p"),
     "chat SMALL --top-k -1": (1, "top_k"),
@@ -433,6 +435,31 @@ def test_complete_writes_what_generate_writes(run: Run, small: str) -> None:
     assert run("complete", "abc", "-s", small, "--max-new-tokens", "6").out == said + "\n"
     assert run("complete", "-", "-s", small, "--max-new-tokens", "6", typed="abc\n").out == said + "\n"
     assert "shorten it" in run("complete", "x" * 200, "-s", small).err
+
+
+@pytest.mark.parametrize(
+    ("command", "typed"),
+    [
+        ("chat -s --seed 3 --temperature 0.8 --max-new-tokens 20", "one two\nthree\n"),
+        ("complete again-and-again --max-new-tokens 20 -s", ""),
+        ("infill 'one [MASK] two [MASK].' --max-new-tokens 4 -s", ""),
+    ],
+)
+def test_an_engine_and_guesses_change_nothing_that_is_printed(run: Run, small: str, command: str, typed: str) -> None:
+    words = shlex.split(command)
+    words[words.index("-s") : words.index("-s") + 1] = [small] if words[0] == "chat" else ["-s", small]
+    plain = run(*words, typed=typed)
+    assert plain.status == 0
+    assert plain.out.strip()
+    for flags in ((), ("--draft", "3")) if words[0] != "infill" else ((),):
+        assert run(*words, *flags, "--engine", typed=typed) == plain
+        assert run(*words, *flags, "--no-engine", typed=typed) == plain
+
+
+def test_the_engine_has_its_room(run: Run, small: str) -> None:
+    ran = run("complete", "abcdef", "-s", small, "--engine", "--room", "4")
+    assert (ran.status, ran.out) == (1, "")
+    assert "the model takes 4: shorten it" in ran.err
 
 
 def test_infill_prints_the_text_with_its_blanks_filled(run: Run, small: str) -> None:
