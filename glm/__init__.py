@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from glm.blanks import score
     from glm.cache import Cache
     from glm.changes import diff
-    from glm.drafting import NextToken, PromptLookup
+    from glm.drafting import NextToken, PromptLookup, SmallerModel
     from glm.errors import (
         CacheError,
         CheckpointError,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ParallelError,
         PromptError,
         TokenizerError,
+        TraceError,
     )
     from glm.export import save_pretrained
     from glm.family import release, releases
@@ -42,8 +43,10 @@ if TYPE_CHECKING:
     from glm.model import GLM
     from glm.packaged import embedded
     from glm.parallel import tensor_parallel
+    from glm.runtime import Engine
     from glm.spec import Block, Spec
     from glm.tokenizer import Tokenizer
+    from glm.tracing import Trace, trace
 
 HOMES = {
     "glm.blanks": ("score",),
@@ -61,16 +64,19 @@ HOMES = {
         "ParallelError",
         "PromptError",
         "TokenizerError",
+        "TraceError",
     ),
-    "glm.drafting": ("NextToken", "PromptLookup"),
+    "glm.drafting": ("NextToken", "PromptLookup", "SmallerModel"),
     "glm.export": ("save_pretrained",),
     "glm.family": ("release", "releases"),
     "glm.generation": ("generate", "stream"),
     "glm.layout": ("Layout",),
     "glm.model": ("GLM",),
     "glm.parallel": ("tensor_parallel",),
+    "glm.runtime": ("Engine",),
     "glm.spec": ("Block", "Spec"),
     "glm.tokenizer": ("Tokenizer",),
+    "glm.tracing": ("Trace", "trace"),
 }
 HOME = {name: home for home, names in HOMES.items() for name in names}
 
@@ -81,6 +87,7 @@ __all__ = [
     "CacheError",
     "CheckpointError",
     "ConfigError",
+    "Engine",
     "GLMError",
     "GenerationError",
     "Layout",
@@ -90,9 +97,12 @@ __all__ = [
     "ParallelError",
     "PromptError",
     "PromptLookup",
+    "SmallerModel",
     "Spec",
     "Tokenizer",
     "TokenizerError",
+    "Trace",
+    "TraceError",
     "diff",
     "embedded",
     "generate",
@@ -102,6 +112,7 @@ __all__ = [
     "score",
     "stream",
     "tensor_parallel",
+    "trace",
 ]
 
 

@@ -56,6 +56,7 @@ class FeedForwardModule(nn.Module):
 
     def __init__(self, spec: FeedForward, width: int, weights: Weights | Stack) -> None:
         super().__init__()
+        self.spec = spec
         self.activations = [ACTIVATIONS[name] for name in spec.branches]
         self.up = weights.linear(width, len(spec.branches) * spec.inner, spec.bias)
         self.down = weights.linear(spec.inner, width, spec.bias)

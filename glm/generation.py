@@ -15,6 +15,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,12 +28,16 @@ from glm.fields import shown
 from glm.layout import Blank, Layout
 from glm.model import GLM
 from glm.norms import wide
+from glm.spec import Spec
+
+if TYPE_CHECKING:
+    from glm.runtime import Engine
 
 Decode = Callable[[list[int]], str]
 
 
 def generate(
-    model: GLM,
+    model: "GLM | Engine",
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -49,6 +54,8 @@ def generate(
     draft: Drafter | None = None,
 ) -> list[list[int]]:
     """Continue each of `prompts` (lists of ids, of any lengths); returns the new ids of each.
+
+    An engine does it in its own way (`glm.Engine.generate`): `chunk` and `draft` it was given when it was made.
 
     max_new_tokens      at most so many new ids a row; memory is taken for all of them at the start.
     temperature         0 (the default) is greedy: always the likeliest token; top_k, top_p and seed do nothing then.
@@ -70,9 +77,15 @@ def generate(
     Raises GenerationError for arguments out of range, ids outside the vocabulary and logits that are not finite;
     LayoutError for a blank-filling prompt without a blank.
     """
+    if not isinstance(model, GLM):
+        unasked(chunk, draft)
+        return model.generate(
+            prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            repetition_penalty=repetition_penalty, stop=stop, stop_text=stop_text, decode=decode, keep_stop=keep_stop,
+        )  # fmt: skip
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
     ending = Ending.of(model.spec.stop if stop is None else stop, stop_text, decode, keep_stop)
-    rows = checked(model, prompts, max_new_tokens, chunk)
+    rows = checked(model.spec, prompts, max_new_tokens, chunk)
     new: list[list[int]] = [[] for _ in rows]
     for row, token in continuations(model, rows, max_new_tokens, sampler, seed, ending, chunk, draft):
         new[row].append(token)
@@ -80,7 +93,7 @@ def generate(
 
 
 def stream(
-    model: GLM,
+    model: "GLM | Engine",
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -101,10 +114,22 @@ def stream(
     Tokens that may turn out to begin a stop string are held back until that is decided. Closing the generator,
     or dropping it, frees the cache. Arguments are checked by the call itself, not by the first token.
     """
+    if not isinstance(model, GLM):
+        unasked(chunk, draft)
+        return model.stream(
+            prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            repetition_penalty=repetition_penalty, stop=stop, stop_text=stop_text, decode=decode, keep_stop=keep_stop,
+        )  # fmt: skip
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
     ending = Ending.of(model.spec.stop if stop is None else stop, stop_text, decode, keep_stop)
-    rows = checked(model, [prompt], max_new_tokens, chunk)
+    rows = checked(model.spec, [prompt], max_new_tokens, chunk)
     return (token for _, token in continuations(model, rows, max_new_tokens, sampler, seed, ending, chunk, draft))
+
+
+def unasked(chunk: int | None, draft: Drafter | None) -> None:
+    """Raise GenerationError for what an engine is told when it is made."""
+    if chunk is not None or draft is not None:
+        raise GenerationError("an engine has its chunk and its draft from the beginning: glm.Engine(model, draft=…)")
 
 
 @torch.inference_mode()
@@ -357,9 +382,9 @@ class Row:
         return ready
 
 
-def checked(model: GLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int | None) -> list[list[int]]:
+def checked(spec: Spec, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int | None) -> list[list[int]]:
     """The prompts as lists of ints. Raises GenerationError where they or the lengths cannot be used."""
-    reading = model.spec.reading
+    reading = spec.reading
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise GenerationError(f"max_new_tokens is a whole number from 0, not {max_new_tokens}")
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
@@ -377,9 +402,9 @@ def checked(model: GLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, c
             ) from None
         if not ids:
             raise GenerationError(f"prompt {i} is empty: give at least one id")
-        if strange := [id for id in ids if not 0 <= id < model.spec.vocabulary]:
+        if strange := [id for id in ids if not 0 <= id < spec.vocabulary]:
             raise GenerationError(
-                f"prompt {i} holds the id {strange[0]}, but the model's are 0 … {model.spec.vocabulary - 1}: "
+                f"prompt {i} holds the id {strange[0]}, but the model's are 0 … {spec.vocabulary - 1}: "
                 "is this the model's own tokenizer?"
             )
         if isinstance(reading, Blank) and reading.sop not in ids:

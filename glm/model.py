@@ -24,9 +24,9 @@ class BlockModule(nn.Module):
     def __init__(self, spec: Block, width: int, weights: Weights) -> None:
         super().__init__()
         self.wire_mixer = spec.wiring.build(spec.norm, width)
-        self.mixer = spec.mixer.build(width, weights)
+        self.mixer = spec.mixer.build(width, spec.stored("mixer", weights))
         self.wire_feed_forward = spec.wiring.build(spec.norm, width)
-        self.feed_forward = spec.feed_forward.build(width, weights)
+        self.feed_forward = spec.feed_forward.build(width, spec.stored("feed_forward", weights))
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Mask, memory: Memory) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -126,6 +126,11 @@ class GLM(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the residual stream."""
         return self.embedding.weight.dtype
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together, as far as the release goes."""
+        return self.spec.context
 
     def layout(self, ids: Tensor, real: Tensor | None = None) -> Layout:
         """What the release makes of ids [B, T]; `real` bool [B, T] is False on padding."""

@@ -30,7 +30,7 @@ from glm.tokenizer import Tokenizer
 
 PROJECT = Path(__file__).parents[1]
 COMMANDS = [
-    *("chat", "complete", "infill", "info", "releases", "diff", "tokenize", "verify"),
+    *("chat", "complete", "infill", "info", "releases", "diff", "tokenize", "trace", "verify"),
     *("convert", "quantize", "accuracy", "synthesize", "train"),
 ]
 TINY = PROJECT / "weights" / "tiny-glm"
@@ -575,3 +575,33 @@ def test_embedded_is_the_default(run: Run) -> None:
     assert glm.embedded() == TINY
     assert "generation chatglm" in run("info").out
     assert json.loads((TINY / "config.json").read_text())["model_type"] == "chatglm"
+
+
+# -- trace -----------------------------------------------------------------------------------------------------------
+
+
+def test_trace_prints_a_table_a_page_and_json(run: Run, small: str, tmp_path: Path) -> None:
+    page = tmp_path / "trace.html"
+    ran = run("trace", "A [MASK] here", "-s", small, "--only", "block 1 / attention / *", "--html", str(page))
+    assert ran.status == 0, ran.err
+    lines = [line.split() for line in ran.out.splitlines()]
+    assert ["block", "1"] in lines
+    assert [line[0] for line in lines if line[1:2] == ["1"] and line[0] != "block"][:3] == ["input", "qkv", "q"]
+    assert [line[1] for line in lines if line[2:4] == ["/", "stream"]] == ["0", "1"], "what each layer would say"
+    assert ran.err.strip() == f"{page} is written"
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+    ran = run("trace", "A [MASK] here", "-s", small, "--json", "--new", "2")
+    told = [json.loads(line) for line in ran.out.splitlines()]
+    assert told[0]["name"] == "ids"
+    assert told[0]["shape"] == [1, len(Tokenizer.from_pretrained(small).infill("A [MASK] here")) + 2]
+    assert told[-1]["name"] == "logits"
+
+
+def test_trace_says_what_is_wrong(run: Run, small: str, tmp_path: Path) -> None:
+    ran = run("trace", "A", "-s", small, "--only", "layer 0")
+    assert (ran.status, ran.out) == (1, "")
+    assert ran.err.startswith("glm: no step's name matches 'layer 0'")
+    ran = run("trace", "A", "-s", small, "--html", str(tmp_path / "nowhere" / "trace.html"))
+    assert ran.status == 1
+    assert "cannot be written" in ran.err

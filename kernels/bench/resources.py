@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from glm_kernels.bench import machine
 from glm_kernels.variants import TARGETS, Compiled, Variant, compile
 
-NAMES = ("activations", "attention", "decode", "norms", "packed_matmul", "rotary")  # every file with kernels
+NAMES = (  # every file with kernels
+    "activations", "attention", "decode", "dense_matmul", "norms", "packed_matmul", "rotary",
+)  # fmt: skip
 MODULES = [import_module(f"glm_kernels.{name}") for name in NAMES]
 PATH = machine.RESULTS / "resources.json"
 

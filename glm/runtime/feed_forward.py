@@ -1,0 +1,83 @@
+"""The feed-forward sublayer of the engine: two products, the activation inside the first where it is SwiGLU."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from glm_kernels import geglu, gelu
+from torch import Tensor
+
+from glm.experts import ExpertsModule
+from glm.feed_forward import ACTIVATIONS, FeedForwardModule
+from glm.runtime.matrices import Store
+from glm.runtime.norms import FusedNorm
+
+SWIGLU = ("silu", "identity")
+FUSED: dict[tuple[str, ...], Callable[[Tensor], Tensor]] = {
+    ("gelu",): partial(gelu, tanh=False),
+    ("gelu_tanh",): partial(gelu, tanh=True),
+    ("identity", "gelu"): partial(geglu, tanh=False),
+    ("identity", "gelu_tanh"): partial(geglu, tanh=True),
+}
+
+
+def activation(branches: tuple[str, ...]) -> Callable[[Tensor], Tensor]:
+    """The product of the activated branches, [..., n F] -> [..., F]; of `branches` that no kernel knows, in torch."""
+    if branches in FUSED:
+        return FUSED[branches]
+
+    def product(x: Tensor) -> Tensor:
+        parts = [ACTIVATIONS[name](part) for name, part in zip(branches, x.chunk(len(branches), -1), strict=True)]
+        y = parts[0]
+        for part in parts[1:]:
+            y = y * part
+        return y
+
+    return product
+
+
+class FusedFeedForward:
+    """r + W_down f(W_up n(h))."""
+
+    def __init__(self, module: FeedForwardModule, store: Store) -> None:
+        self.up, self.down = store.matrix(module.up), store.matrix(module.down)
+        self.swiglu = module.spec.branches == SWIGLU
+        self.activate = activation(module.spec.branches)
+
+    def __call__(self, h: Tensor, *, norm: FusedNorm | None, residual: Tensor | None) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x = self.up(h, norm=norm, swiglu=self.swiglu)
+        return self.down(x if self.swiglu else self.activate(x), residual=residual)
+
+
+class FusedExperts:
+    """The chosen experts and the shared ones. Nothing waits for the device: where experts begin is known only there."""
+
+    def __init__(self, module: ExpertsModule, store: Store) -> None:
+        each = module.experts
+        assert isinstance(each, FeedForwardModule)
+        self.router = module.router
+        self.count = len(module.held)
+        self.up, self.down = store.stack(each.up), store.stack(each.down)
+        self.swiglu = each.spec.branches == SWIGLU
+        self.activate = activation(each.spec.branches)
+        self.shared = None
+        if isinstance(module.shared, FeedForwardModule):
+            self.shared = FusedFeedForward(module.shared, store)
+
+    def __call__(self, h: Tensor, *, norm: FusedNorm | None, residual: Tensor | None) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        h = h if norm is None else norm(h)
+        tokens = h.flatten(0, -2)  # [N D]
+        chosen, weights = self.router(tokens)  # [N k]
+        visits, order = chosen.flatten().sort(stable=True)
+        edges = torch.arange(self.count + 1, device=h.device)
+        offsets = torch.searchsorted(visits, edges, out_int32=True)
+        x = self.up.experts(tokens[order // chosen.shape[1]], offsets, swiglu=self.swiglu)
+        y = self.down.experts(x if self.swiglu else self.activate(x), offsets)
+        answers = (
+            torch.empty_like(y).index_copy_(0, order, y).unflatten(0, chosen.shape)
+        )  # [N k D], in the router's order
+        mixed: Tensor = (answers * weights[..., None]).sum(1).to(h.dtype).view_as(h)
+        added = mixed if residual is None else mixed + residual
+        return added if self.shared is None else self.shared(h, norm=None, residual=added)

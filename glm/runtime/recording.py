@@ -1,0 +1,46 @@
+"""Recordings: a step of the engine as one CUDA graph, so that hundreds of kernels cost the host a single launch."""
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class Recording(Generic[Result]):
+    """A function without arguments that reads and writes tensors which stay where they are.
+
+    On a GPU it is recorded at its first call and replayed from then on, and its result is the same tensors each time.
+    `warm_up` is to run it once without any lasting effect: what compiles or allocates at its first call must not do so
+    while recording. On the CPU it is simply called.
+    """
+
+    def __init__(
+        self, function: Callable[[], Result], warm_up: Callable[[Callable[[], Result]], None], device: torch.device
+    ) -> None:
+        self.function, self.warm_up, self.device = function, warm_up, device
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.result: Result | None = None
+
+    def __call__(self) -> Result:
+        """What the function gives."""
+        if self.device.type != "cuda":
+            return self.function()
+        if self.graph is None:
+            self.record()
+        assert self.graph is not None
+        assert self.result is not None
+        self.graph.replay()
+        return self.result
+
+    def record(self) -> None:
+        """Capture the function on a stream of its own."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self.warm_up(self.function)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = self.function()
