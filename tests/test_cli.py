@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ from glm.tokenizer import Tokenizer
 PROJECT = Path(__file__).parents[1]
 COMMANDS = [
     *("chat", "complete", "infill", "info", "releases", "diff", "tokenize", "trace", "verify"),
-    *("convert", "quantize", "accuracy", "synthesize", "train"),
+    *("convert", "quantize", "prepack", "accuracy", "synthesize", "train"),
 ]
 TINY = PROJECT / "weights" / "tiny-glm"
 SPECIAL = ("<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
@@ -153,6 +154,7 @@ MISTAKES = {
     "quantize SMALL /tmp/never --group 128": (1, "groups of 128 do not divide the 32 columns"),
     "quantize SMALL /tmp/never --method gptq": (1, "takes calibration text"),
     "quantize SMALL /tmp/never --group 32 --calibration /tmp/no.txt": (1, "cannot be read as UTF-8 text"),
+    "prepack SMALL": (1, "has no integers to lay out"),
     "accuracy SMALL --text /tmp/no.txt": (1, "cannot be read as UTF-8 text"),
     "synthesize chatglm9-6b --out /tmp/never": (1, "no release is called 'chatglm9-6b'"),
     "train /nowhere.toml": (1, "/nowhere.toml"),
@@ -515,6 +517,17 @@ def test_quantize_writes_a_checkpoint_that_talks(run: Run, small: str, tmp_path:
         assert (done.status, done.out, done.err) == (0, "", f"{tmp_path / name} is written\n")
         assert run("chat", str(tmp_path / name), typed="hello\n").status == 0
         assert "grouped" in run("info", str(tmp_path / name)).out.lower()
+        assert (tmp_path / name / "prepacked.safetensors").exists()
+
+
+def test_prepack_writes_what_quantize_leaves_out(run: Run, small: str, tmp_path: Path) -> None:
+    new, file = str(tmp_path / "new"), tmp_path / "new" / "prepacked.safetensors"
+    assert run("quantize", small, new, "--group", "32", "--no-prepacked").status == 0
+    assert not file.exists()
+    for _ in range(2):  # the second in the place of the first
+        done = run("prepack", new)
+        assert (done.status, done.out, done.err) == (0, "", f"{file} is written\n")
+        assert file.exists()
 
 
 def test_accuracy_of_text_and_of_random_ids(run: Run, small: str, tmp_path: Path) -> None:
@@ -555,6 +568,18 @@ def test_float16_is_for_gpus(small: str, monkeypatch: pytest.MonkeyPatch, free: 
     assert 250_000 < 4 * total <= 500_000
     assert cli.usual_dtype(Path(small), total, torch.device("cpu")) == getattr(torch, dtype)
     assert cli.usual_dtype(Path(small), total, torch.device("cuda")) is None
+
+
+def test_what_is_laid_out_beforehand_is_not_counted_as_weights(
+    run: Run, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(cli, "usual_dtype", lambda folder, total, device: asked.append(total))
+    folder = tmp_path / "small"
+    shutil.copytree(small, folder)
+    (folder / "prepacked.safetensors").write_bytes(bytes(1000))
+    assert run("complete", "hello", "-s", str(folder), "--max-new-tokens", "1").status == 0
+    assert asked == [(folder / "model.safetensors").stat().st_size]
 
 
 # -- tiny-glm ----------------------------------------------------------------------------------------------------------

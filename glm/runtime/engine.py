@@ -35,7 +35,7 @@ from glm.model import GLM
 from glm.runtime.call import Call, Prompt
 from glm.runtime.composed import Composed
 from glm.runtime.decoding import Outcome, advance
-from glm.runtime.matrices import integer_form
+from glm.runtime.matrices import integer_form, lays_out
 from glm.runtime.recording import Recording
 from glm.runtime.requests import Request
 from glm.runtime.rows import Rows
@@ -43,6 +43,7 @@ from glm.runtime.sampling import chosen
 from glm.runtime.seats import Seats
 from glm.runtime.slots import Slots
 from glm.spec import Spec
+from glm.tensor_file import Progress
 
 GREEDY, NEVER = Sampler(0, 0, 1, 1), Ending.of((), (), None, False)
 CHUNK = 2048  # tokens of a prompt that are read at once, while others wait for their next token
@@ -116,14 +117,23 @@ class Engine:
         device: torch.device | str | None = None,
         revision: str | None = None,
         prefix: str | PathLike[str] | None = None,
+        progress: Progress | None = None,
         **options: Any,
     ) -> "Engine":
-        """The engine of a checkpoint folder or hub id, by default on a GPU if there is one; `options` as above."""
-        from glm.pretrained import load
+        """The engine of a checkpoint folder or hub id, by default on a GPU if there is one; `options` as above.
 
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = load(source, dtype=dtype, device=place, revision=revision, prefix=prefix)
-        return cls(model, release=options.get("draft") is None, **options)
+        Where kernels compute with integers, they are read from the file that `glm prepack` wrote, if it is there; a
+        warning says why where it cannot be used. Kernels are compiled at their first call on a machine, and kept in
+        Triton's cache: ~/.triton/cache, or $TRITON_CACHE_DIR.
+        """
+        from glm.pretrained import Opened
+        from glm.runtime.prepacked import with_prepacked
+
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        opened = Opened.of(source, dtype=dtype, revision=revision, prefix=prefix)
+        if lays_out(opened.dtype, place):
+            opened = with_prepacked(opened)
+        return cls(opened.filled(place, progress), release=True, **options)
 
     # ------------------------------------------------------------------------- what a caller asks for
 

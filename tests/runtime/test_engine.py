@@ -20,9 +20,10 @@ from two_processes import prompts as toy_prompts
 import glm
 from glm import GLM, Engine, PromptLookup, SmallerModel
 from glm.errors import CacheError, ConfigError, GenerationError, LayoutError
-from glm.layout import Blank
+from glm.layout import Blank, Layout
 from glm.linear import Linear
-from glm.runtime import Request
+from glm.runtime import Request, attention, matrices, norms
+from glm.runtime.call import Call, Prompt
 
 LONG = 64
 
@@ -205,6 +206,62 @@ def test_a_row_that_waits_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     run(engine, *requests)
     assert requests[0].ids == plain(pure, [3, 4], 9, stop=())
     assert requests[2].ids == plain(pure, [8], 9, stop=())
+
+
+def test_a_mask_written_out_is_the_rule() -> None:
+    """For mixers without a kernel; with a prefix that all see, and behind what was read before."""
+    for queries, keys, prefix in ((5, 5, 0), (3, 8, 0), (5, 5, 4), (3, 8, 7)):
+        positions = torch.arange(keys - queries, keys)[None, :, None]
+        layout = Layout.rule(positions, keys, prefix=torch.tensor([prefix]) if prefix else None)
+        prompt = Prompt(keys, layout.prefix_length)
+        call = Call(torch.tensor([keys - queries]), torch.tensor([keys]), None, prompt)
+        assert torch.equal(call.mask(queries, keys).allowed[:, 0], layout.visible)  # type: ignore[index]
+
+
+def test_an_idle_row_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[Tensor] = []
+    whole = attention.decode_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+        lengths.append(length)
+        return whole(q, k, v, length)
+
+    monkeypatch.setattr(attention, "decode_attention", watched)
+    engine = Engine(model(), max_batch=4, max_length=LONG)
+    requests = [engine.submit([3] * count, max_new_tokens=5, stop=()) for count in (2, 3, 4)]
+    for _ in range(4):
+        engine.step()
+    engine.cancel(requests[1])
+    lengths.clear()
+    engine.step()
+    assert [length.tolist()[1::2] for length in lengths] == [[0, 0]] * 2
+
+
+def test_a_block_is_six_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many kernels as a layer should have; the rest of a step does not grow with the layers."""
+    calls: list[str] = []
+
+    def counted(name: str, whole: Any) -> Any:
+        def call(*operands: Any, **how: Any) -> Any:
+            calls.append(name)
+            return whole(*operands, **how)
+
+        return call
+
+    for module, name in (
+        (matrices, "dense_matmul"), (attention, "rotary_append"), (attention, "decode_attention"),
+        (norms, "rms_norm"), (attention, "append"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    monkeypatch.setattr(norms, "FOLDED", frozenset({torch.float64}))
+    engine = Engine(model_of(native_spec(layers=3), 1), max_length=LONG)
+    request = engine.submit([3, 4], max_new_tokens=9, stop=())
+    engine.step()
+    calls.clear()
+    engine.step()
+    block = ["dense_matmul", "rotary_append", "decode_attention", *["dense_matmul"] * 3]
+    assert calls == [*block * 3, "dense_matmul"]
+    engine.cancel(request)
 
 
 # ----------------------------------------------------------------------------- refusals
