@@ -362,7 +362,7 @@ class Engine:
         return x, end == len(request.prompt)
 
     def excerpt(self, request: Request, slot: int, start: int, end: int) -> tuple[Tensor, Tensor, Call, Any]:
-        """What the model is given to read tokens `start` to `end` of a request in a slot: ids [1, T], places [1, T, A]."""
+        """What reads tokens `start` to `end` of a request in a slot: ids [1, T], positions [1, T, A], call, memory."""
         before = self.slots.before
         tokens = torch.tensor([request.text[start:end]], device=self.device)
         positions = request.positions(start, end - start).to(self.device)
