@@ -19,8 +19,8 @@ from glm.feed_forward import FeedForward
 from glm.info import cache_bytes_per_token, parameters
 
 releases = glm.releases()
-Markdown(f"This package has {len(releases)} of them. Their files were published from "
-         f"{min(r.year for r in releases.values())} to {max(r.year for r in releases.values())}.")  # fmt: skip
+years = [release.year for release in releases.values()]
+Markdown(f"This package has {len(releases)} of them, published from {min(years)} to {max(years)}.")
 
 # %% [markdown]
 # ## A release is data
@@ -126,8 +126,8 @@ rich.print(trees[names[0]])
 
 # %%
 picture, axes = drawing.figure(5, 3.4)
-years = {name: releases[release].year for name, release in KINDS.items()}
-at = {name: (years[name] + 0.23 * names[:i].count(name), -i) for i, name in enumerate(names)}
+year = {name: releases[release].year for name, release in KINDS.items()}
+at = {name: (year[name] + 0.23 * names[:i].count(name), -i) for i, name in enumerate(names)}
 for name, before in parent.items():
     (x0, y0), (x1, y1) = at[before], at[name]
     axes.plot([x0, x0, x1], [y0, y1, y1], color=drawing.INK, linewidth=0.8, zorder=1)
@@ -140,8 +140,8 @@ for name, (x, y) in at.items():
 axes.scatter([], [], color=drawing.ORANGE, label="reads both ways")
 axes.scatter([], [], color=drawing.BLUE, label="causal")
 axes.legend(loc="lower left")
-axes.set_xticks(sorted(set(years.values())))
-axes.set_xlim(min(years.values()) - 0.3, max(years.values()) + 1.9)
+axes.set_xticks(sorted(set(year.values())))
+axes.set_xlim(min(years) - 0.3, max(years) + 1.9)
 axes.set_yticks([])
 axes.spines["left"].set_visible(False)
 picture

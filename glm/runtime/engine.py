@@ -267,7 +267,7 @@ class Engine:
         seed: int | None,
         ending: Ending,
     ) -> list[Request]:
-        """One of each prompt. Raises what `generate` does for what cannot be answered."""
+        """One of each prompt. Raises CacheError, and what `generate` raises, for what cannot be answered."""
         texts = checked(self.spec, prompts, max_new_tokens, None)
         dice = thrown(texts, seed) if sampler.temperature else [None] * len(texts)
         requests = []
@@ -362,7 +362,7 @@ class Engine:
         return x, end == len(request.prompt)
 
     def excerpt(self, request: Request, slot: int, start: int, end: int) -> tuple[Tensor, Tensor, Call, Any]:
-        """What the model is given to read tokens `start` to `end` of a request in a slot."""
+        """What reads tokens `start` to `end` of a request in a slot: ids [1, T], positions [1, T, A], call, memory."""
         before = self.slots.before
         tokens = torch.tensor([request.text[start:end]], device=self.device)
         positions = request.positions(start, end - start).to(self.device)

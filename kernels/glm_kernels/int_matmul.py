@@ -109,7 +109,7 @@ def int8_matmul_experts(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None = None, *, offsets: Tensor, group: int,
     bias: Tensor | None = None, swiglu: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`int4_matmul_experts` with int8: packed, scales, zeros and bias as for `int8_matmul`, with an axis in front."""
+    """`int4_matmul_experts` with int8: x [N, I]; the rest as for `int8_matmul`, with an axis of E experts in front."""
     return multiply(x, packed, scales, zeros, bias, None, None, None, offsets, 8, group, swiglu)
 
 
