@@ -13,10 +13,12 @@ PATHS = [str(ROOT), str(ROOT / "kernels")]
 
 project = "GLM, explained by running it"
 author = "the authors of glm-torch"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "sphinx_book_theme"
 html_title = project
 html_static_path = ["static"]
+html_css_files = ["book.css"]
+html_math_renderer = "mathml"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False, "navbar_persistent": []}
 highlight_language = "none"  # of blocks that do not say what they are
 exclude_patterns = ["*.py", "answers", "exercises", "results"]
@@ -79,7 +81,9 @@ def missing_names(app: Any, env: Any) -> None:
 def setup(app: Any) -> None:
     """Docstrings are plain text: docs/docstrings.py makes them what Sphinx reads. All public names must be there."""
     from docs.docstrings import process, skip
+    from docs.formulas import display, inline
 
+    app.add_html_math_renderer("mathml", (inline, None), (display, None))
     app.connect("autodoc-process-docstring", process, priority=400)
     app.connect("autodoc-skip-member", skip)
     app.connect("env-check-consistency", missing_names)
