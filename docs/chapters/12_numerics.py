@@ -205,6 +205,7 @@ for dtype in (BRAIN, SINGLE):
     axes.semilogy(range(1, len(errors)), errors[1:], "o-", label=str(dtype)[6:])
     assert errors[-1] < 16 * torch.finfo(dtype).eps
     assert errors[0] == 0  # a row of the embedding is looked up
+axes.set_xticks(range(1, len(errors)))
 axes.set(xlabel="blocks gone through; the last is the final norm", ylabel="relative error (rms)")
 axes.legend(loc="center right")
 picture
