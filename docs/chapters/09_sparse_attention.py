@@ -9,6 +9,7 @@
 from pathlib import Path
 
 import torch
+from matplotlib.colors import ListedColormap
 
 import glm
 from docs import drawing
@@ -26,8 +27,8 @@ five = glm.release("glm-5").spec
 # %% [markdown]
 # ## A few tokens get most of it
 #
-# Is that so? tiny-glm is a trained model, small as it is. Here is one of its passages, read in full. For each head and
-# query, keys are sorted by the attention they get. How much do the first $k$ of them have?
+# Is that so? tiny-glm is a trained model, small as it is. Here are some of its passages, read in full. For each head
+# and query, keys are sorted by the attention they get. How much do the first $k$ of them have?
 
 # %%
 tiny = glm.GLM.from_pretrained(glm.embedded(), dtype=torch.float32)
@@ -124,7 +125,8 @@ assert (layer(x, rotation, causal, Passing(None, {})) - expected).abs().max() < 
 assert picked.sum(-1).tolist() == [min(t + 1, top) for t in range(T)]
 
 picture, axes = drawing.figure(3.6, 3.2)
-axes.pcolormesh((past.int() + picked.int()).numpy(), cmap="Blues", edgecolors="white", linewidth=1)
+colours = ListedColormap([drawing.PALE, drawing.SKY, drawing.BLUE])
+axes.pcolormesh((past.int() + picked.int()).numpy(), cmap=colours, edgecolors="white", linewidth=1)
 axes.invert_yaxis()
 axes.set_aspect("equal")
 axes.set(xlabel="key: dark is chosen, light only visible", ylabel="query")

@@ -167,8 +167,8 @@ native, converted = (glm.release(name).spec.rotary.base for name in ("glm-4-9b-c
 assert native != converted == 10000
 
 # %% [markdown]
-# The same weights, with another rotation. Such a model talks, since near tokens stand nearly where they stood, and gets
-# worse the longer the text. In the small model, over the few tokens of this chapter:
+# Same weights, another rotation; no shape objects. In the small model with random weights, over the tokens of this
+# chapter:
 
 # %%
 base = later.spec.rotary.base
@@ -282,7 +282,8 @@ assert torch.equal(unpack(word, 4, 8)[:, AWQ_ORDER], in_order)
 # %% [markdown]
 # ## What forgetting costs
 #
-# How far off the logits of a small random model are, for every mistake of this chapter. 1 is as far as another model's.
+# How far off the logits of a small random model are, for every mistake of this chapter. At 1 the errors are as large as
+# the logits.
 
 # %%
 order = sorted(mistakes, key=mistakes.get, reverse=True)
@@ -291,8 +292,8 @@ drawing.bars(
 )
 
 # %% [markdown]
-# The large ones are found by whoever reads a single answer. The small ones are the dangerous ones: half precision hides
-# them. This is why models are compared in float64 here (chapter 12).
+# The large ones are found by whoever reads a single answer. One like the last is dangerous, because half precision
+# hides it. This is why models are compared in float64 here (chapter 12).
 #
 # One mistake was made by those who published. GLM-10B-Chinese was trained with the same id for the end of a blank and
 # for `[gMASK]`. Later files have a copy of its row of the embedding under another id, and so has what `glm convert`

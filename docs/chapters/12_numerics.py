@@ -202,11 +202,12 @@ streams = {dtype: model(ids, hidden=True)[1] for dtype, model in models.items()}
 picture, axes = drawing.figure(5, 2.6)
 for dtype in (BRAIN, SINGLE):
     errors = [rms(ours - exact) / rms(exact) for ours, exact in zip(streams[dtype], streams[DOUBLE], strict=True)]
-    axes.semilogy(range(len(errors)), errors, "o-", label=str(dtype)[6:])
+    axes.semilogy(range(1, len(errors)), errors[1:], "o-", label=str(dtype)[6:])
     assert errors[-1] < 16 * torch.finfo(dtype).eps
     assert errors[0] == 0  # a row of the embedding is looked up
+axes.set_xticks(range(1, len(errors)))
 axes.set(xlabel="blocks gone through; the last is the final norm", ylabel="relative error (rms)")
-axes.legend()
+axes.legend(loc="center right")
 picture
 
 # %% [markdown]

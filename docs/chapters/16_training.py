@@ -103,16 +103,20 @@ for objective in recipe.objectives:
 assert {objective.kind for objective in recipe.objectives} == set(KINDS)
 
 # %% [markdown]
-# The paper's short spans have Poisson lengths and make up a fixed part of a text. A person who types `[MASK]` cuts otherwise:
-# clauses, beginnings, a sentence and a half. The kind `cuts` is that, and the largest share.
+# The paper's short spans have Poisson lengths and make up a fixed part of a text. A person who types `[MASK]` cuts
+# otherwise: clauses, beginnings, a sentence and a half. The kind `cuts` is that, and the largest share.
 
 # %%
 short = next(objective for objective in recipe.objectives if objective.kind == "short")
 source = lessons(recipe.text(short), short, tokenizer, marks)
 rng = Random(3)
-lengths = Counter(
-    end - start for i in range(2000) for start, end in source.chosen(source.passages[i % len(source)], rng)[1]
-)
+lengths, full = Counter(), 0
+for i in range(2000):
+    words, cut = source.chosen(source.passages[i % len(source)], rng)
+    sizes = [end - start for start, end in cut]
+    full += sum(sizes) == round(0.15 * len(words))
+    lengths.update(sizes)
+assert full > 1900  # nearly always just that part of a text is cut, which leaves less for its last span
 total = sum(lengths.values())
 picture, axes = drawing.figure(5, 2.4)
 sizes = range(1, 11)
@@ -126,7 +130,7 @@ axes.legend()
 picture
 
 # %% [markdown]
-# (There are more of the shorter ones, because the last span of a text is cut to what is left of its share.)
+# (There are more of the shorter ones, because the last span of a text gets only what is left of that part.)
 #
 # A sample is made anew each time its item comes up, with other blanks. All that is random is drawn from the recipe's
 # seed and a count, so that a run that was interrupted goes on as it would have gone.
@@ -134,8 +138,8 @@ picture
 # ## The beginning
 #
 # tiny-glm has ChatGLM-6B's blocks, $x \leftarrow \alpha\, n(x) + f(n(x))$ with $\alpha = \sqrt{56}$ (chapter 5).
-# Matrices drawn with the usual small deviation (`GLM.initialise`) would make $f$ almost nothing beside that. `initialised` draws them by
-# their inputs, and those that write to the stream larger still:
+# Matrices drawn with the usual small deviation (`GLM.initialise`) would make $f$ almost nothing beside that.
+# `initialised` draws them by their inputs, and those that write to the stream larger still:
 
 # %%
 small = initialised(model.spec, seed=1)
@@ -260,7 +264,8 @@ for question in (known[0][0], known[5][0], "What is the capital of France?"):
     print("A:", its_tokenizer.decode(answer))
 
 # %% [markdown]
-# The last question is not in its text. It answers all the same, with nonsense: it has learnt by heart, and nothing else.
+# The last question is not in its text. It answers all the same, with nonsense: it has learnt by heart, and nothing
+# else.
 #
 # A run that is stopped and goes on gives the same model, bit for bit:
 
