@@ -228,7 +228,7 @@ def test_an_idle_row_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(attention, "decode_attention", watched)
     engine = Engine(model(), max_batch=4, max_length=LONG)
-    requests = [engine.submit([3] * count, max_new_tokens=5, stop=()) for count in (2, 3, 4)]
+    requests = [engine.submit([3] * count, max_new_tokens=9, stop=()) for count in (2, 3, 4)]
     for _ in range(4):
         engine.step()
     engine.cancel(requests[1])
@@ -508,6 +508,50 @@ def test_a_failing_prompt_frees_its_slot(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (bad.state, good.state, good.ids) == ("failed", "done", plain(pure, [3, 4], 4, stop=()))
     with pytest.raises(torch.OutOfMemoryError):
         engine.generate([[9] * 7], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_decode_or_a_drafter_that_fails_ends_its_own_request(draft: bool) -> None:
+    """The others have the tokens of that step."""
+    pure = model()
+
+    class Failing(PromptLookup):
+        def start(self, *prompt: Any) -> Any:
+            guess, times = super().start(*prompt), iter(range(99))
+
+            def failing(tokens: Tensor, *rest: Any) -> Tensor:
+                if prompt[1][0, 0] == 9 and next(times) == 2:
+                    raise RuntimeError("no more guesses")
+                return guess(tokens, *rest)
+
+            return failing
+
+    def decode(ids: list[int]) -> str:
+        if len(ids) > 3 and not draft:
+            raise RuntimeError("no text")
+        return ""
+
+    engine = Engine(pure, max_batch=3, max_length=LONG, draft=Failing(2) if draft else None)
+    how: list[dict[str, Any]] = [{}, {"stop_text": "x", "decode": decode}, {}]
+    requests = [
+        engine.submit(prompt, max_new_tokens=9, stop=(), **extra)
+        for prompt, extra in zip(([3, 4], [9, 8], [5, 6]), how, strict=True)
+    ]
+    run(engine, *requests)
+    assert [request.state for request in requests] == ["done", "failed", "done"]
+    assert str(requests[1].error) == ("no more guesses" if draft else "no text")
+    for request in (requests[0], requests[2]):
+        assert request.ids == plain(pure, request.prompt, 9, stop=())
+    assert engine.seats.holders == [None] * 3
+
+
+def test_short_prompts_are_read_side_by_side() -> None:
+    engine = Engine(model(), max_batch=4, max_length=LONG, chunk=6)
+    requests = [engine.submit([3 + i, 4, 5], max_new_tokens=9, stop=()) for i in range(4)]
+    engine.step()
+    assert [request.state for request in requests] == ["writing", "writing", "waiting", "waiting"]
+    engine.step()
+    assert [len(request.ids) for request in requests] == [3, 3, 2, 2]
 
 
 def test_a_stream_that_is_dropped_frees_its_slot() -> None:
