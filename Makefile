@@ -40,7 +40,7 @@ check: .venv/.test ## style and types
 
 book: .venv/.book ## the book, its chapters run and their assertions held, into build/book
 	$(BIN)/python docs/figures.py --check
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --jobs auto docs build/book
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --show-traceback --jobs auto docs build/book
 
 figures: .venv/.book ## draw the pictures in the repository anew
 	$(BIN)/python docs/figures.py

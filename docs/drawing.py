@@ -65,6 +65,7 @@ class Picture(Figure):
         """The whole picture, in which letters are outlines: no font is needed to see it."""
         file = io.StringIO()
         with mpl.rc_context({"svg.hashsalt": STYLE["svg.hashsalt"], "svg.fonttype": "path"}):
+            self.draw_without_rendering()  # text beside axes of a fixed aspect: its room is known after one drawing
             self.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 

@@ -31,6 +31,7 @@ DOCUMENTS = (
     "weights/tiny-glm/README.md",
     "docs/accuracy.md",
     "docs/design.md",
+    "docs/api/index.md",
 )
 
 
@@ -137,6 +138,23 @@ def accuracy(groups: tuple[str, ...], cases: slice) -> str:
     return "\n\n".join([*parts, note])
 
 
+def public_names() -> str:
+    """Every name of both packages with the first sentence of its docstring, linked to its place in the reference."""
+    import glm_kernels
+
+    import glm
+
+    lines = []
+    for package in (glm, glm_kernels):
+        lines.append(f"`import {package.__name__}`:\n")
+        for name in package.__all__:
+            thing = getattr(package, name)
+            said = re.split(r"(?<=[.:])\s", " ".join((thing.__doc__ or "").split()))[0].rstrip(":.")
+            lines.append(f"- {{py:obj}}`{name} <{thing.__module__}.{name}>` – {said}")
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
 def tried(where: str) -> str:
     """What was tried once, and what was found: a log, since no command can find it again."""
     found = json.loads((ROOT / "docs" / "results" / "tried.json").read_text(encoding="utf-8"))[where]
@@ -157,6 +175,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     report.BLOCK: lambda: report.markdown(RESULTS, ROOT / "kernels"),
     "accuracy": partial(accuracy, ("128",), slice(1, 2)),
     "accuracy-all": partial(accuracy, ("32", "64", "128", "row"), slice(None)),
+    "public-names": public_names,
     "tried-cpu": partial(tried, "cpu"),
     "tried-kernels": partial(tried, "kernels"),
 }

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ParallelError,
         PromptError,
         TokenizerError,
+        TraceError,
     )
     from glm.export import save_pretrained
     from glm.family import release, releases
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from glm.runtime import Engine
     from glm.spec import Block, Spec
     from glm.tokenizer import Tokenizer
+    from glm.tracing import Trace, trace
 
 HOMES = {
     "glm.blanks": ("score",),
@@ -62,6 +64,7 @@ HOMES = {
         "ParallelError",
         "PromptError",
         "TokenizerError",
+        "TraceError",
     ),
     "glm.drafting": ("NextToken", "PromptLookup", "SmallerModel"),
     "glm.export": ("save_pretrained",),
@@ -73,6 +76,7 @@ HOMES = {
     "glm.runtime": ("Engine",),
     "glm.spec": ("Block", "Spec"),
     "glm.tokenizer": ("Tokenizer",),
+    "glm.tracing": ("Trace", "trace"),
 }
 HOME = {name: home for home, names in HOMES.items() for name in names}
 
@@ -97,6 +101,8 @@ __all__ = [
     "Spec",
     "Tokenizer",
     "TokenizerError",
+    "Trace",
+    "TraceError",
     "diff",
     "embedded",
     "generate",
@@ -106,6 +112,7 @@ __all__ = [
     "score",
     "stream",
     "tensor_parallel",
+    "trace",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all.
+"""Folders and files that appear complete or not at all.
 
 Everything is written to a hidden sibling first, forced to the disk, and given its name by one rename: a process
 killed at any moment, or a machine that loses power, leaves either nothing under that name or the whole folder.
@@ -49,6 +49,34 @@ def new_folder(destination: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextmanager
+def new_file(destination: Path) -> Iterator[Path]:
+    """Yields a temporary file to write; on leaving without an error it becomes `destination`, in the place of any.
+
+    Raises GLMError where another process is writing the same file, or where the disk is full or refuses.
+    """
+    destination = Path(os.path.abspath(destination))
+    temporary = destination.parent / f".{destination.name}.partial"
+    try:
+        lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise GLMError(f"{destination}: cannot be written ({error})") from None
+    try:
+        claim(lock, temporary, destination)
+        try:
+            yield temporary
+            flush(temporary)
+            temporary.replace(destination)
+            flush(destination.parent)
+        except OSError as error:
+            raise GLMError(f"{destination}: cannot be written ({error})") from error
+        finally:
+            if ours(lock, temporary):
+                temporary.unlink()
+    finally:
+        os.close(lock)
+
+
 def vacant(destination: Path) -> None:
     """Raises GLMError unless `destination` is free or an empty folder."""
     if destination.is_symlink() or destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
@@ -56,7 +84,7 @@ def vacant(destination: Path) -> None:
 
 
 def claim(lock: int, temporary: Path, destination: Path) -> None:
-    """Locks the open temporary folder: the lock goes when the process does, however it ends."""
+    """Locks the open temporary folder or file: the lock goes when the process does, however it ends."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -66,7 +94,7 @@ def claim(lock: int, temporary: Path, destination: Path) -> None:
 
 
 def ours(lock: int, temporary: Path) -> bool:
-    """Whether the name `temporary` still belongs to the folder that was locked."""
+    """Whether the name `temporary` still belongs to what was locked."""
     return temporary.exists() and os.path.samestat(os.fstat(lock), temporary.stat())
 
 

@@ -25,6 +25,7 @@ from glm.atomic import new_folder
 from glm.errors import CheckpointError
 from glm.fields import read_object, shown
 from glm.parts import part_files
+from glm.reading import Arrival, read_all, read_tensor
 from glm.shares import Share
 from glm.tensor_file import (
     CODES,
@@ -34,8 +35,6 @@ from glm.tensor_file import (
     finite,
     pieces,
     read_header,
-    read_tensor,
-    scan_tensor,
     unfit,
     write_tensors,
 )
@@ -251,8 +250,8 @@ def fill(
 ) -> None:
     """Gives every parameter and buffer of `model`, which may be on the meta device, its numbers from the checkpoint.
 
-    Floating-point tensors become `dtype` (default: what the model has), integers stay. One tensor at a time goes
-    to `device` through a buffer of a few MiB; beyond the weights nothing is held. `progress` is told bytes read.
+    Floating-point tensors become `dtype` (default: what the model has), integers stay. They go to
+    `device` piece by piece (`glm/reading.py`); beyond the weights a few MiB are held. `progress` is told bytes read.
 
     With `shares` (by parameter) only these are read and kept, and it is `part` that gets them, a module with the
     parameters of `model` in the shapes of the shares.
@@ -267,21 +266,25 @@ def fill(
     after: dict[int, Tensor] = {}  # by identity, since tied parameters are one tensor of two names
     shares = shares or {}
     places = {stored.name: stored for stored in table}
+    arrivals: list[Arrival] = []
     for name, info in sorted(checkpoint.tensors.items(), key=in_order):
-        if stored := places.get(name):
+        stored = places.get(name)
+        if stored is None and not shares:
+            arrivals.append(Arrival(name, info, None))  # a file that is damaged there may be damaged anywhere
+            continue
+        if stored is not None:
             old = before[stored.parameter]
             share = shares.get(stored.parameter)
             if id(old) not in after:
                 shape = old.shape if share is None else share.shape(old.shape)
                 after[id(old)] = torch.empty(shape, dtype=final_dtype(stored, old, dtype), device=device)
             if share is None:
-                read_tensor(name, info, stored.on_disk(after[id(old)]))
-            else:
-                read_share(stored, info, share, old.shape, after[id(old)])
-        elif not shares:
-            scan_tensor(name, info)  # ignorable, but a file that is damaged there may be damaged anywhere
+                arrivals.append(Arrival(name, info, stored.on_disk(after[id(old)])))
+                continue
+            read_share(stored, info, share, old.shape, after[id(old)])
         if progress is not None:
             progress(info.nbytes)
+    read_all(arrivals, device, progress)
     if part is not None:
         parts = part.state_dict(keep_vars=True)
         model, before, after = part, parts, {id(parts[name]): after[id(old)] for name, old in before.items()}

@@ -11,12 +11,13 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.cells import cell_len
@@ -45,6 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Loaded = TypeVar("Loaded")
 Refusal = typer.BadParameter.__mro__[2]  # what any fault in a command line is raised as, by click or typer's own copy
 
 
@@ -151,50 +153,59 @@ ByEngine = Annotated[
         "--engine/--no-engine", help="Fused kernels on a static cache; by default on a GPU.", show_default=False
     ),
 ]
-Room = Annotated[int, option("N", "Tokens of prompt and answer that the engine keeps room for, at most.")]
+Room = Annotated[int | None, option("N", "Tokens that the engine has room for.", "those of the model, at most 8192")]
 Draft = Annotated[int, option("N", "Guess so many tokens ahead, by what followed earlier in the text.")]
 
 
 def opened(source: str, dtype: str | None, device: str | None) -> "tuple[GLM, Tokenizer]":
     """The model and the tokenizer of a folder or hub id, of tiny-glm for an empty one."""
+    from glm.parallel import mesh_of_all
+    from glm.pretrained import load
+
+    return loaded(
+        source, dtype, device, lambda *of, device, **how: load(*of, device=device, mesh=mesh_of_all(device), **how)
+    )
+
+
+def author(
+    source: str, dtype: str | None, device: str | None, engine: bool | None, room: int | None = None, draft: int = 0
+) -> "tuple[GLM | Engine, Tokenizer, dict[str, Any]]":
+    """Who is to write, and what to tell them besides: an engine on a GPU or where it is asked for, else the model.
+
+    A model dealt out to several processes writes by itself unless told otherwise.
+    """
+    from glm.drafting import PromptLookup
+
+    drafter = PromptLookup(draft) if draft else None
+    if engine is None:
+        engine = placed(device).type == "cuda" and os.environ.get("WORLD_SIZE", "1") == "1"
+    if not engine:
+        return *opened(source, dtype, device), {"draft": drafter} if drafter else {}
+    from glm.runtime import Engine
+
+    return *loaded(source, dtype, device, partial(Engine.from_pretrained, max_length=room, draft=drafter)), {}
+
+
+def loaded(
+    source: str, dtype: str | None, device: str | None, load: "Callable[..., Loaded]"
+) -> "tuple[Loaded, Tokenizer]":
+    """What `load` makes of a folder or hub id, and the tokenizer; with a bar where it takes a while."""
     import torch
 
-    from glm.hub import fetch
-    from glm.parallel import agreed, mesh_of_all
-    from glm.pretrained import load
+    from glm.hub import PREPACKED, fetch
+    from glm.parallel import agreed
     from glm.progress import progress_bar
     from glm.tokenizer import Tokenizer
 
     source, place = source or embedded(), placed(device)
     folder = fetch(source)
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != PREPACKED)
     if total < 64 << 20:
         torch.set_num_threads(1)  # sharing so little work takes longer than doing it
     kind = getattr(torch, dtype) if dtype else agreed(usual_dtype(folder, total, place))
     tokenizer = Tokenizer.from_pretrained(source)
     with progress_bar(f"loading {called(source)}", total, quiet=total < 1 << 30) as progress:
-        model = load(source, dtype=kind, device=place, progress=progress, mesh=mesh_of_all(place))
-    return model, tokenizer
-
-
-def author(
-    model: "GLM", engine: bool | None, room: int = 8192, draft: int = 0
-) -> "tuple[GLM | Engine, dict[str, Any]]":
-    """Who is to write: the model or, on a GPU or where it is asked for, an engine of it; and what to tell them besides.
-
-    The engine takes the model over. A model dealt out to several processes writes by itself unless told otherwise.
-    """
-    from glm.drafting import PromptLookup
-    from glm.parallel import mesh_of_all
-
-    drafter = PromptLookup(draft) if draft else None
-    if engine is None:
-        engine = model.device.type == "cuda" and mesh_of_all(model.device) is None
-    if not engine:
-        return model, {"draft": drafter} if drafter else {}
-    from glm.runtime import Engine
-
-    return Engine(model, max_length=min(room, model.context), draft=drafter, release=True), {}
+        return load(source, dtype=kind, device=place, progress=progress), tokenizer
 
 
 def alone(command: str) -> None:
@@ -330,15 +341,14 @@ def chat(
     dtype: Dtype = None,
     device: Device = None,
     engine: ByEngine = None,
-    room: Room = 8192,
+    room: Room = None,
     draft: Draft = 0,
 ) -> None:
     """Talk with a model, a question a line.
 
     Questions can come from a pipe; then the output holds the answers and nothing else.
     """
-    model, tokenizer = opened(source, dtype, device)
-    writer, how = author(model, engine, room, draft)
+    writer, tokenizer, how = author(source, dtype, device, engine, room, draft)
     from glm.talk import Talk
 
     name = called(source or embedded())
@@ -420,6 +430,7 @@ def complete(
     dtype: Dtype = None,
     device: Device = None,
     engine: ByEngine = None,
+    room: Room = None,
     draft: Draft = 0,
 ) -> None:
     """Write on where a text stops.
@@ -427,16 +438,15 @@ def complete(
     Prints only what is new.
     """
     text = given(text)
-    model, tokenizer = opened(source, dtype, device)
+    writer, tokenizer, how = author(source, dtype, device, engine, room, draft)
     from glm.talk import spelt, written
 
     prompt = tokenizer.continuation(text)
-    room = min(max_new_tokens, model.context - len(prompt))
-    if room < 1:
-        raise GLMError(f"the text has {len(prompt):,} tokens and the model takes {model.context:,}: shorten it")
-    writer, how = author(model, engine, len(prompt) + room, draft)
+    left = min(max_new_tokens, writer.context - len(prompt))
+    if left < 1:
+        raise GLMError(f"the text has {len(prompt):,} tokens and the model takes {writer.context:,}: shorten it")
     ids = written(
-        writer, tokenizer, prompt, max_new_tokens=room,
+        writer, tokenizer, prompt, max_new_tokens=left,
         temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed, **how,
     )  # fmt: skip
     write(spelt(tokenizer, ids))
@@ -456,10 +466,9 @@ def infill(
     Prints the whole text.
     """
     text = given(text)
-    model, tokenizer = opened(source, dtype, device)
+    writer, tokenizer, _ = author(source, dtype, device, engine)
     from glm.infilling import fill
 
-    writer, _ = author(model, engine)
     write([fill(writer, tokenizer, text, max_new_tokens=max_new_tokens).text])
 
 
@@ -553,6 +562,45 @@ def tokenize(
     show(table)
 
 
+@app.command(epilog="Example: glm trace 'Attention is [MASK].' --only 'block 0 / *' --html trace.html")
+def trace(
+    text: Text,
+    source: SourceOption = "",
+    chat: Annotated[bool, typer.Option("--chat", help="As a question, in the release's prompt.")] = False,
+    new: Annotated[int, option("N", "Tokens to write first, greedily, and trace as well.")] = 0,
+    only: Annotated[str, option("PATTERN", "The steps whose names match, such as 'block 0 / *'.")] = "*",
+    html: Annotated[Path | None, option("FILE", "Write a page to step through, too.", "no")] = None,
+    json: Annotated[bool, typer.Option("--json", help="A JSON object a step instead of a table.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Every tensor of one forward pass: its name, equation, shape and size.
+
+    A text with a blank is read as by `glm infill`, another as by `glm complete`. Then what the model would say after
+    each layer: the final norm and the head, applied to the stream there.
+    """
+    alone("trace")
+    text = given(text)
+    model, tokenizer = opened(source, dtype, device)
+    from glm.generation import generate
+    from glm.tracing import asked, lens_table
+    from glm.tracing import trace as traced
+
+    ids = tokenizer.chat([{"role": "user", "content": text}]) if chat else asked(tokenizer, text)
+    if new:
+        ids += generate(model, [ids], max_new_tokens=new)[0]
+    with busy("tracing …"):
+        found = traced(model, ids, tokenizer)
+    if html is not None:
+        found.write(html)
+        note(f"{html} is written")
+    if json:
+        print(found.only(only).json())
+    else:
+        show(found.only(only))
+        show(lens_table(found))
+
+
 def visible(piece: str) -> str:
     """A piece with its spaces as ␣, and with every other sign that cannot be seen written out."""
     return "".join("␣" if sign == " " else sign if sign.isprintable() else repr(sign)[1:-1] for sign in piece)
@@ -566,6 +614,7 @@ def verify(
     tolerance: Annotated[
         float | None, option("X", "Largest error of the logits over their rms.", "1e-9 in float64")
     ] = None,
+    engine: Annotated[bool, typer.Option("--engine", help="Hold the engine to them as well.")] = False,
 ) -> None:
     """Compare models with reference outputs, layer by layer.
 
@@ -581,7 +630,8 @@ def verify(
     for folder in folders:
         try:
             with busy(f"verifying {called(folder)} …"):
-                report = held(folder, dtype=getattr(torch, dtype), device=place, tolerance=tolerance, mesh=mesh)
+                kind = getattr(torch, dtype)
+                report = held(folder, dtype=kind, device=place, tolerance=tolerance, mesh=mesh, engine=engine)
             show(report)
             over += not report.ok
         except GLMError as error:
@@ -630,18 +680,36 @@ def quantize(
         Path | None, option("FILE", "Text, or .jsonl conversations, to choose integers by.", "none")
     ] = None,
     head: Annotated[bool, typer.Option("--head", help="The head too. The embedding stays as it is.")] = False,
+    prepacked: Annotated[bool, typer.Option("--prepacked/--no-prepacked", help="Then as `glm prepack` does.")] = True,
 ) -> None:
     """Rewrite a checkpoint with integer weights.
 
     In the compressed-tensors layout, which other engines read as well. The folder appears complete or not at all.
     """
     from glm.compress import compress
+    from glm.runtime.prepacked import prepack as lay_out
 
     chosen = method or ("search" if calibration is None else "gptq")
     compress(
         source, destination, form(weights, group, not asymmetric), method=chosen, calibration=calibration, head=head
     )
+    if prepacked:
+        lay_out(destination)
     note(f"{destination} is written")
+
+
+@app.command(epilog="Example: glm prepack chatglm2-6b-int4")
+def prepack(
+    source: Annotated[str, argument("SOURCE", "Folder or hub id of a checkpoint with integer weights.")],
+) -> None:
+    """Lay integer weights out for the kernels, once, so that the engine starts sooner on a GPU.
+
+    Writes prepacked.safetensors beside the checkpoint, as large as its integers. `glm quantize` does so by itself.
+    """
+    alone("prepack")
+    from glm.runtime.prepacked import prepack as lay_out
+
+    note(f"{lay_out(source)} is written")
 
 
 def form(weights: str, group: str, symmetric: bool) -> "Grouped":

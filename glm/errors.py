@@ -39,3 +39,7 @@ class ParallelError(GLMError):
 
 class GenerationError(GLMError, ValueError):
     """Sampling parameters or prompts outside their range."""
+
+
+class TraceError(GLMError, LookupError):
+    """A forward pass that cannot be traced, a step it does not have, or a text too long for a page."""

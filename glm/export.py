@@ -21,8 +21,9 @@ from glm.grouped import Grouped
 from glm.model import GLM
 from glm.norms import RMSNorm
 from glm.quantized_files import as_published
+from glm.reading import read_tensor
 from glm.spec import Spec, leaves
-from glm.tensor_file import Outgoing, Progress, read_tensor
+from glm.tensor_file import Outgoing, Progress
 
 Numbers = Callable[[Stored], Tensor]  # a tensor on disk -> its numbers, in the order of the disk
 

@@ -8,8 +8,6 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from glm.errors import CheckpointError
 
 TEXTS = (
@@ -29,6 +27,9 @@ TEXTS = (
 SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 BINS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 SUBFOLDERS = ("*/*",)  # other formats of the same weights, in the repositories that have them
+PREPACKED = (
+    "prepacked.safetensors"  # made where it is used (`glm.runtime.prepacked`), never fetched nor counted as weights
+)
 
 
 def fetch(
@@ -52,7 +53,7 @@ def fetch(
     if not weights:
         return download(str(source), revision, TEXTS)
     folder = download(str(source), revision, TEXTS + SAFETENSORS)
-    if any(folder.glob("*.safetensors")):
+    if any(path.name != PREPACKED for path in folder.glob("*.safetensors")):
         return folder
     if bin:
         return download(str(source), revision, TEXTS + BINS)
@@ -64,8 +65,11 @@ def fetch(
 
 def download(id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     """The hub's files of one repository that match `patterns`, in the local cache."""
+    from huggingface_hub import snapshot_download  # with its HTTP library slower to import than a folder to open
+
     try:
-        return Path(snapshot_download(id, revision=revision, allow_patterns=[*patterns], ignore_patterns=[*SUBFOLDERS]))
+        ignored = [*SUBFOLDERS, PREPACKED]
+        return Path(snapshot_download(id, revision=revision, allow_patterns=[*patterns], ignore_patterns=ignored))
     except Exception as error:  # of the hub's library, of its HTTP library, of the disk: they differ by version
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise CheckpointError(f"{id}: there is no such folder, and the hub does not give it: {reason}") from error

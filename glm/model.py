@@ -207,7 +207,7 @@ class GLM(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """What the head reads of ids [B, T], the stream [B, T, D] after the final norm, and for `hidden` all before it.
 
-        The arguments are those of a call, and so are the errors.
+        The arguments are those of a call, and so are the errors: LayoutError and CacheError.
         """
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise LayoutError(f"ids must be [B, T] with T ≥ 1, not {list(ids.shape)}")

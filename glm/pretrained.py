@@ -3,21 +3,25 @@
 config.json -> family -> spec -> GLM(spec) on the meta device -> filled tensor by tensor from the files
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from glm import family
-from glm.checkpoint import Checkpoint, fill, match
+from glm.checkpoint import Checkpoint, Stored, fill, match
 from glm.drafting import NextToken
 from glm.errors import CheckpointError, ConfigError
 from glm.family.generation import Generation
 from glm.hub import fetch
 from glm.info import require_fit
 from glm.model import GLM
+from glm.reading import read_tensor
 from glm.spec import Spec
 from glm.tensor_file import Progress
 
@@ -50,35 +54,91 @@ def load(
     calls for, MemoryFitError with the numbers when the model cannot fit, ParallelError when it cannot be dealt out to
     so many ranks. Nothing is left half loaded.
     """
-    folder = fetch(source, revision)
-    checkpoint = Checkpoint.open(folder)
-    if prefix is not None:
-        checkpoint = with_prefix(checkpoint, Checkpoint.open(fetch(prefix)))
-    generation, spec = described(checkpoint, Path(source).name)
-    checkpoint = generation.ours(checkpoint)
-    if len(spec.blocks) > len(checkpoint.tensors):  # said before a thousand blocks are built to find it out
-        count = len(checkpoint.tensors)
-        raise CheckpointError(f"{checkpoint.listing}: has {count} tensors for {len(spec.blocks)} layers")
-    model = GLM(spec, device="meta")
-    table = generation.table(spec, checkpoint.config, model.state_dict())
-    if dtype is None:
-        stored = checkpoint.tensors.get(table[0].name)
-        dtype = stored.dtype if stored is not None and stored.dtype.is_floating_point else torch.float32
-    ignorable = generation.unused(spec)
-    match(model, checkpoint, table, ignorable)  # before memory: a config that does not fit its files is their error
-    if mesh is not None:
+    opened = Opened.of(source, dtype=dtype, revision=revision, prefix=prefix)
+    return opened.filled(device, progress) if mesh is None else opened.dealt_out(mesh, device, progress)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint described and compared with its model, before any memory is taken.
+
+    base        the files as they lie in their folder
+    checkpoint  the same, with integers in the layouts of others seen as our own, and a learned prefix if one was given
+    model       on the meta device
+    table       which tensor of `checkpoint` is which part of the model
+    ignorable   patterns of the names of tensors that may be there and are not used
+    dtype       what floating-point numbers become
+    """
+
+    base: Checkpoint
+    checkpoint: Checkpoint
+    model: GLM
+    table: list[Stored]
+    ignorable: tuple[str, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        source: str | PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        prefix: str | PathLike[str] | None = None,
+    ) -> "Opened":
+        """That of a folder or hub id; arguments and errors are those of `load`."""
+        base = Checkpoint.open(fetch(source, revision))
+        checkpoint = base if prefix is None else with_prefix(base, Checkpoint.open(fetch(prefix)))
+        generation, spec = described(checkpoint, Path(source).name)
+        checkpoint = generation.ours(checkpoint)
+        if len(spec.blocks) > len(checkpoint.tensors):  # said before a thousand blocks are built to find it out
+            count = len(checkpoint.tensors)
+            raise CheckpointError(f"{checkpoint.listing}: has {count} tensors for {len(spec.blocks)} layers")
+        model = GLM(spec, device="meta")
+        table = generation.table(spec, checkpoint.config, model.state_dict())
+        if dtype is None:
+            stored = checkpoint.tensors.get(table[0].name)
+            dtype = stored.dtype if stored is not None and stored.dtype.is_floating_point else torch.float32
+        ignorable = generation.unused(spec)
+        match(model, checkpoint, table, ignorable)  # a config that does not fit its files is their error, not memory's
+        return cls(base, checkpoint, model, table, ignorable, dtype)
+
+    @cached_property
+    def lines(self) -> dict[str, list[Stored]]:
+        """The lines of the table that make up each parameter."""
+        return {name: list(lines) for name, lines in groupby(self.table, key=lambda line: line.parameter)}
+
+    def stored_dtype(self, parameter: str) -> torch.dtype:
+        """What holds all parts of a parameter as they are stored."""
+        return reduce(torch.promote_types, (self.checkpoint.tensors[line.name].dtype for line in self.lines[parameter]))
+
+    def read(self, parameter: str, like: Tensor) -> Tensor:
+        """One parameter, of the shape of `like`, as it is stored; on the CPU."""
+        whole = torch.empty(like.shape, dtype=self.stored_dtype(parameter), device="cpu")
+        for line in self.lines[parameter]:
+            read_tensor(line.name, self.checkpoint.tensors[line.name], line.on_disk(whole))
+        return whole
+
+    def filled(self, device: torch.device | str | None = None, progress: Progress | None = None) -> GLM:
+        """The model with its numbers, on `device`."""
+        require_fit(self.model.spec, self.dtype, device)
+        fill(
+            self.model, self.checkpoint, self.table, self.ignorable,
+            dtype=self.dtype, device=device, progress=progress,
+        )  # fmt: skip
+        return self.model.train(False)
+
+    def dealt_out(self, mesh: "DeviceMesh", device: torch.device | str | None, progress: Progress | None) -> GLM:
+        """The share of it that belongs to this rank, with its numbers."""
         from glm.parallel import joined, narrow
 
-        part, shares = narrow(spec, dtype, model.state_dict(), mesh)
-        require_fit(part.spec, dtype, device, ranks=mesh.size())
+        part, shares = narrow(self.model.spec, self.dtype, self.model.state_dict(), mesh)
+        require_fit(part.spec, self.dtype, device, ranks=mesh.size())
         fill(
-            model, checkpoint, table, ignorable,
-            dtype=dtype, device=device, progress=progress, shares=shares, part=part,
+            self.model, self.checkpoint, self.table, self.ignorable,
+            dtype=self.dtype, device=device, progress=progress, shares=shares, part=part,
         )  # fmt: skip
         return joined(part.train(False), mesh)
-    require_fit(spec, dtype, device)
-    fill(model, checkpoint, table, ignorable, dtype=dtype, device=device, progress=progress)
-    return model.train(False)
 
 
 def load_next(source: str | PathLike[str], model: GLM, *, guesses: int, revision: str | None = None) -> NextToken:

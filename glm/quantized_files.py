@@ -35,7 +35,8 @@ from glm.errors import CheckpointError, ConfigError
 from glm.fields import Fields, shown
 from glm.grouped import Grouped
 from glm.packing import pack, unpack
-from glm.tensor_file import CODES, Derived, Outgoing, TensorInfo, read_tensor
+from glm.reading import read_tensor
+from glm.tensor_file import CODES, Derived, Outgoing, TensorInfo
 
 CONFIG = "quantization_config"
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # in which of a word's eight places column 0, 1, … lies

@@ -18,7 +18,6 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,7 +87,12 @@ class Outgoing:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file by name, in the order of their numbers.
+    """The tensors of a safetensors file by name, in the order of their numbers. Raises what `read_file` does."""
+    return read_file(path)[0]
+
+
+def read_file(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of a safetensors file by name, in the order of their numbers, and the metadata of its writer.
 
     Raises CheckpointError unless the header describes this file exactly: every byte after it belongs to one
     tensor, and every tensor has a known dtype, sensible dimensions and as many bytes as these ask for.
@@ -121,7 +125,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if filled != size:
         what = "truncated" if filled > size else "too long"
         raise CheckpointError(f"{path}: {what}: its tensors end at byte {filled} and the file at {size}")
-    return tensors
+    return tensors, metadata
 
 
 def read_entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
@@ -149,27 +153,6 @@ def read_entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     return TensorInfo(path, dtype, tuple(shape), start + begin, start + end)
 
 
-def read_tensor(name: str, info: TensorInfo, target: Tensor) -> None:
-    """Copies a tensor into `target`, whose elements in order are those on disk: a view of any strides, device, dtype.
-
-    Besides `target` this holds one piece of a few MiB. Raises CheckpointError when the file ends early, or when
-    `target` receives NaN or Inf.
-    """
-    target = target if target.dim() else target[None]
-    for start, piece in pieces(name, info, target.shape):
-        part = target[start : start + len(piece)]
-        part.copy_(piece)
-        if not finite(part):
-            raise CheckpointError(unfit(name, info, piece, part.dtype))
-
-
-def scan_tensor(name: str, info: TensorInfo) -> None:
-    """Raises CheckpointError when a tensor nobody needs cannot be read to its end, or has NaN or Inf in it."""
-    for _, piece in pieces(name, info, (math.prod(info.shape),)):
-        if not finite(piece):
-            raise CheckpointError(unfit(name, info, piece, piece.dtype))
-
-
 def pieces(
     name: str, info: TensorInfo, shape: Sequence[int], wanted: Callable[[slice], bool] | None = None
 ) -> Iterator[tuple[int, Tensor]]:
@@ -186,25 +169,22 @@ def pieces(
     buffer = torch.empty(min(rows, shape[0]), *shape[1:], dtype=info.dtype, device="cpu")
     try:
         with info.file.open("rb", buffering=0) as file:
-            file.seek(info.begin)
             for start in range(0, shape[0], rows):
                 piece = buffer[: shape[0] - start]
-                if wanted is not None and not wanted(slice(start, start + len(piece))):
-                    file.seek(piece.nbytes, os.SEEK_CUR)
-                    continue
-                read_exactly(file, piece)
-                yield start, piece
+                if wanted is None or wanted(slice(start, start + len(piece))):
+                    read_exactly(file.fileno(), info.begin + start * piece[0].nbytes, piece)
+                    yield start, piece
     except (OSError, EOFError) as error:
         raise CheckpointError(f"{info.file}: the tensor {shown(name)} cannot be read ({error})") from None
 
 
-def read_exactly(file: FileIO, piece: Tensor) -> None:
-    """Fills a contiguous tensor with the file's next bytes. Raises EOFError when there are too few."""
+def read_exactly(file: int, begin: int, piece: Tensor) -> None:
+    """Fills a contiguous tensor with the bytes of an open file from `begin` on. Raises EOFError for too few."""
     space: memoryview = piece.reshape(-1).view(torch.uint8).numpy().data
     while space:
-        if not (count := file.readinto(space)):
+        if not (count := os.preadv(file, [space], begin)):
             raise EOFError("the file has become shorter")
-        space = space[count:]
+        space, begin = space[count:], begin + count
 
 
 def finite(x: Tensor) -> bool:

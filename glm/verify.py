@@ -21,11 +21,11 @@ precision no two correct programs agree: there the rms error against float64 may
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -52,6 +52,8 @@ from glm.spec import Block, Spec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from glm.runtime import Engine
 
 FLOAT64_RELATIVE = 1e-9
 FLOAT32_ABSOLUTE = 2e-4  # what two correct float32 programs may differ by where logits and states are of size 1 to 10
@@ -311,6 +313,24 @@ def pairs(model: GLM, s: Scenario) -> Iterator[Pair]:
         yield greedy(model, s, ids)
 
 
+@torch.inference_mode()
+def engine_pairs(engine: "Engine | None", s: Scenario) -> Iterator[Pair]:
+    """What an engine makes of a scenario, one row at a time and without its padding; nothing where there is none."""
+    if engine is None:
+        return
+    logits = torch.zeros(*s.ids.shape, engine.spec.vocabulary, dtype=engine.dtype)
+    prompts = [row[real].tolist() for row, real in zip(s.ids, s.real, strict=True)]
+    for b, (prompt, real) in enumerate(zip(prompts, s.real, strict=True)):
+        layout = None
+        if not s.natural:
+            assert s.positions is not None
+            layout = Layout(s.positions[b : b + 1, real], s.visible[b : b + 1, real][:, :, real])
+        logits[b, real] = engine.read(prompt, layout).cpu()
+    yield s.pair("logits, engine", s.golden.logits, logits)
+    if "generated" in s and s.natural:
+        yield ids_beside(engine.spec, s, lambda count: engine.generate(prompts, max_new_tokens=count), "greedy, engine")
+
+
 def hidden(s: Scenario, states: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
     """(name, our state) of each hidden state that the reference has, from the embedding upwards."""
     blocks, found = len(states) - 2, {}
@@ -355,27 +375,34 @@ def decoded(model: GLM, s: Scenario, ids: Tensor, tokens: Tensor, cache: Cache) 
 
 
 def greedy(model: GLM, s: Scenario, ids: Tensor) -> Pair:
-    """The likeliest ids after the prompt, up to the one that stops a row; -1 stands from there on."""
-    B, T = ids.shape
+    """The likeliest ids after the prompt."""
+
+    def written(count: int) -> list[list[int]]:
+        if s.natural:
+            prompts = [row[real].tolist() for row, real in zip(s.ids, s.real, strict=True)]
+            return generate(model, prompts, max_new_tokens=count)
+        cache = model.new_cache(len(ids), ids.shape[1] + count)
+        new = [model(ids, s.layout(model.device), cache)[:, -1:].argmax(-1)]
+        while len(new) < count:
+            new.append(model(new[-1], cache=cache).argmax(-1))
+        return [until(row, model.spec.stop) for row in torch.cat(new, dim=1).tolist()]
+
+    return ids_beside(model.spec, s, written, "greedy")
+
+
+def ids_beside(spec: Spec, s: Scenario, written: Callable[[int], list[list[int]]], quantity: str) -> Pair:
+    """As many ids as the reference has, `written` by us, beside them, up to what stops a row; behind that stands -1."""
+    B, T = s.ids.shape
     generated = s.golden.expect(f"{s.name}.generated", B, None, whole=True)[:, T:]
     count = generated.shape[1]
     if not count:
         raise CheckpointError(f"{s.golden.folder}: {s.name}.generated is no longer than its prompt")
-    if s.natural:
-        prompts = [row[real].tolist() for row, real in zip(s.ids, s.real, strict=True)]
-        ours = generate(model, prompts, max_new_tokens=count)
-    else:
-        cache = model.new_cache(B, T + count)
-        new = [model(ids, s.layout(model.device), cache)[:, -1:].argmax(-1)]
-        while len(new) < count:
-            new.append(model(new[-1], cache=cache).argmax(-1))
-        ours = [until(row, model.spec.stop) for row in torch.cat(new, dim=1).tolist()]
     config = s.golden.config
     own = recognise(config).spec(config, s.golden.folder.name)
     stop = Fields(config, "config.json").ids("eos_token_id") or own.stop
     theirs = [until(row, stop) for row in generated.tolist()]
-    filled = [torch.tensor([row + [-1] * (count - len(row)) for row in rows]) for rows in (ours, theirs)]
-    return Pair("greedy", "generated", *filled)
+    filled = [torch.tensor([row + [-1] * (count - len(row)) for row in rows]) for rows in (written(count), theirs)]
+    return Pair(quantity, "generated", *filled)
 
 
 def until(ids: list[int], stop: Sequence[int]) -> list[int]:
@@ -418,12 +445,14 @@ def verify(
     device: torch.device | str = "cpu",
     tolerance: float | None = None,
     mesh: "DeviceMesh | None" = None,
+    engine: bool = False,
 ) -> Report:
     """Load the model in `folder` and hold it to the reference outputs that lie there.
 
     tolerance  for logits, relative to their rms; in half precision for the rms error as a multiple of the
                reference's. None is what the head of this file says. Hidden states, of which there are only
                float32 references, keep the float32 tolerance, and ids and positions must be equal.
+    engine     holds an engine of the model (`glm.Engine`) to the same logits and greedy ids as well.
     mesh       deals the model out to the mesh's ranks, all of which call this; what the reference holds of the
                weights themselves is then left to a run with one process.
 
@@ -431,20 +460,38 @@ def verify(
     """
     golden = Golden(folder, dtype)
     model = GLM.from_pretrained(folder, dtype=dtype, device=device, mesh=mesh)
-    rows = tuple(check(model, golden, tolerance, whole=mesh is None))
+    rows = tuple(
+        check(model, golden, tolerance, whole=mesh is None, engine=engine_for(model, golden) if engine else None)
+    )
     return Report(golden.folder, recognise(golden.config).name, dtype, rows)
 
 
-def check(model: GLM, golden: Golden, tolerance: float | None = None, whole: bool = True) -> Iterator[Row]:
+def engine_for(model: GLM, golden: Golden) -> "Engine":
+    """An engine with room for every text of a golden and what is written behind it."""
+    from glm.runtime import Engine
+
+    rows = [s.ids.shape[1] for s in golden.scenarios]
+    rows += [x.shape[1] for name, x in golden.tensors.items() if name.endswith(".generated")]
+    return Engine(model, max_batch=2, max_length=max(rows))
+
+
+def check(
+    model: GLM,
+    golden: Golden,
+    tolerance: float | None = None,
+    whole: bool = True,
+    engine: "Engine | None" = None,
+) -> Iterator[Row]:
     """The rows of a report, each as soon as it is known. `model` is what the golden's folder holds, in its dtype.
 
     A model that is not `whole` is a rank's share of it.
     """
     if golden.half:
-        yield from half_rows(model, golden, HALF_RATIO if tolerance is None else tolerance)
+        yield from half_rows(model, golden, HALF_RATIO if tolerance is None else tolerance, engine)
         return
     for scenario in golden.scenarios:
-        yield from exact_rows(scenario.name, pairs(model, scenario), golden, tolerance)
+        found = chain(pairs(model, scenario), engine_pairs(engine, scenario))
+        yield from exact_rows(scenario.name, found, golden, tolerance)
     if whole:
         yield from exact_rows("the model itself", model_pairs(model, golden), golden, tolerance)
 
@@ -497,7 +544,7 @@ def allowed(pair: Pair, golden: Golden, tolerance: float | None) -> tuple[float,
     return (FLOAT32_ABSOLUTE, math.inf) if golden.noise is None else (math.inf, noises)
 
 
-def half_rows(model: GLM, golden: Golden, most: float) -> Iterator[Row]:
+def half_rows(model: GLM, golden: Golden, most: float, engine: "Engine | None" = None) -> Iterator[Row]:
     """Rows in half precision: the rms error of each tensor and of all together, beside the reference's own.
 
     All together is what is judged; a tensor alone, a few hundred numbers, may be twice as far off. Where rounding made
@@ -510,6 +557,7 @@ def half_rows(model: GLM, golden: Golden, most: float) -> Iterator[Row]:
         chosen: list[Tensor] = []
         with recorded(model, chosen):
             found = list(pairs(model, scenario))
+        found += engine_pairs(engine, scenario)
         changed = rechosen(model, scenario, chosen)
         if chosen:
             yield Row(scenario.name, "experts chosen otherwise", changed, changed / sum(map(len, chosen)), ok=True)

@@ -24,7 +24,7 @@ from glm.layout import Mask
 from glm.model import GLM
 from glm.positions import Rotation
 from glm.pretrained import described
-from glm.tensor_file import read_tensor
+from glm.reading import read_tensor
 
 
 @dataclass

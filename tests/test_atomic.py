@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from glm.atomic import new_folder
+from glm.atomic import new_file, new_folder
 from glm.errors import GLMError
 
 SRC = str(Path(__file__).parents[1])
@@ -91,6 +91,33 @@ def test_a_place_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(GLMError, match="cannot be written"), new_folder(tmp_path / "new") as folder:
         (folder / "none" / "a").write_text("into a folder that is not there")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_appears_at_the_end_in_the_place_of_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / ".file.partial").write_text("left by a killed run, and longer")
+    with new_file(tmp_path / "file") as path:
+        path.write_text("new")
+        assert (tmp_path / "file").read_text() == "old"
+        with pytest.raises(GLMError, match="another process is writing"), new_file(tmp_path / "file"):
+            pytest.fail("should not have been entered")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file": "new"}
+
+
+def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
+    def interrupted(error: Exception) -> None:
+        with new_file(tmp_path / "file") as path:
+            path.write_text("half")
+            raise error
+
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        interrupted(ZeroDivisionError())
+    with pytest.raises(GLMError, match=r"file: cannot be written .*the disk is full"):
+        interrupted(OSError("the disk is full"))
+    with pytest.raises(GLMError, match="cannot be written"), new_file(tmp_path / "none" / "file"):
+        pytest.fail("should not have been entered")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file": "old"}
 
 
 WRITER = """

@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -30,8 +31,8 @@ from glm.tokenizer import Tokenizer
 
 PROJECT = Path(__file__).parents[1]
 COMMANDS = [
-    *("chat", "complete", "infill", "info", "releases", "diff", "tokenize", "verify"),
-    *("convert", "quantize", "accuracy", "synthesize", "train"),
+    *("chat", "complete", "infill", "info", "releases", "diff", "tokenize", "trace", "verify"),
+    *("convert", "quantize", "prepack", "accuracy", "synthesize", "train"),
 ]
 TINY = PROJECT / "weights" / "tiny-glm"
 SPECIAL = ("<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
@@ -132,6 +133,8 @@ MISTAKES = {
     "chat SMALL --device sideways": (1, "try --device cpu"),
     "chat SMALL --dtype int3": (2, "'int3' is not one of float64"),
     "chat SMALL --seed x": (2, "--seed"),
+    "chat SMALL --engine --room 0": (1, "max_length is a whole number from 1"),
+    "chat SMALL --draft -1": (1, "guesses and longest are at least 1"),
     "chat SMALL --temperature -1": (1, "temperature is 0 (greedy)"),
     "chat SMALL --top-p 0": (1, "top_p"),
     "chat SMALL --top-k -1": (1, "top_k"),
@@ -153,6 +156,7 @@ MISTAKES = {
     "quantize SMALL /tmp/never --group 128": (1, "groups of 128 do not divide the 32 columns"),
     "quantize SMALL /tmp/never --method gptq": (1, "takes calibration text"),
     "quantize SMALL /tmp/never --group 32 --calibration /tmp/no.txt": (1, "cannot be read as UTF-8 text"),
+    "prepack SMALL": (1, "has no integers to lay out"),
     "accuracy SMALL --text /tmp/no.txt": (1, "cannot be read as UTF-8 text"),
     "synthesize chatglm9-6b --out /tmp/never": (1, "no release is called 'chatglm9-6b'"),
     "train /nowhere.toml": (1, "/nowhere.toml"),
@@ -433,6 +437,31 @@ def test_complete_writes_what_generate_writes(run: Run, small: str) -> None:
     assert "shorten it" in run("complete", "x" * 200, "-s", small).err
 
 
+@pytest.mark.parametrize(
+    ("command", "typed"),
+    [
+        ("chat -s --seed 3 --temperature 0.8 --max-new-tokens 20", "one two\nthree\n"),
+        ("complete again-and-again --max-new-tokens 20 -s", ""),
+        ("infill 'one [MASK] two [MASK].' --max-new-tokens 4 -s", ""),
+    ],
+)
+def test_an_engine_and_guesses_change_nothing_that_is_printed(run: Run, small: str, command: str, typed: str) -> None:
+    words = shlex.split(command)
+    words[words.index("-s") : words.index("-s") + 1] = [small] if words[0] == "chat" else ["-s", small]
+    plain = run(*words, typed=typed)
+    assert plain.status == 0
+    assert plain.out.strip()
+    for flags in ((), ("--draft", "3")) if words[0] != "infill" else ((),):
+        assert run(*words, *flags, "--engine", typed=typed) == plain
+        assert run(*words, *flags, "--no-engine", typed=typed) == plain
+
+
+def test_the_engine_has_its_room(run: Run, small: str) -> None:
+    ran = run("complete", "abcdef", "-s", small, "--engine", "--room", "4")
+    assert (ran.status, ran.out) == (1, "")
+    assert "the model takes 4: shorten it" in ran.err
+
+
 def test_infill_prints_the_text_with_its_blanks_filled(run: Run, small: str) -> None:
     ran = run("infill", "one [MASK] two [MASK].", "-s", small, "--max-new-tokens", "4")
     assert re.fullmatch(r"one .+ two .+\.\n", ran.out)
@@ -515,6 +544,17 @@ def test_quantize_writes_a_checkpoint_that_talks(run: Run, small: str, tmp_path:
         assert (done.status, done.out, done.err) == (0, "", f"{tmp_path / name} is written\n")
         assert run("chat", str(tmp_path / name), typed="hello\n").status == 0
         assert "grouped" in run("info", str(tmp_path / name)).out.lower()
+        assert (tmp_path / name / "prepacked.safetensors").exists()
+
+
+def test_prepack_writes_what_quantize_leaves_out(run: Run, small: str, tmp_path: Path) -> None:
+    new, file = str(tmp_path / "new"), tmp_path / "new" / "prepacked.safetensors"
+    assert run("quantize", small, new, "--group", "32", "--no-prepacked").status == 0
+    assert not file.exists()
+    for _ in range(2):  # the second in the place of the first
+        done = run("prepack", new)
+        assert (done.status, done.out, done.err) == (0, "", f"{file} is written\n")
+        assert file.exists()
 
 
 def test_accuracy_of_text_and_of_random_ids(run: Run, small: str, tmp_path: Path) -> None:
@@ -557,6 +597,18 @@ def test_float16_is_for_gpus(small: str, monkeypatch: pytest.MonkeyPatch, free: 
     assert cli.usual_dtype(Path(small), total, torch.device("cuda")) is None
 
 
+def test_what_is_laid_out_beforehand_is_not_counted_as_weights(
+    run: Run, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(cli, "usual_dtype", lambda folder, total, device: asked.append(total))
+    folder = tmp_path / "small"
+    shutil.copytree(small, folder)
+    (folder / "prepacked.safetensors").write_bytes(bytes(1000))
+    assert run("complete", "hello", "-s", str(folder), "--max-new-tokens", "1").status == 0
+    assert asked == [(folder / "model.safetensors").stat().st_size]
+
+
 # -- tiny-glm ----------------------------------------------------------------------------------------------------------
 
 needs_tiny = pytest.mark.skipif(not (TINY / "config.json").exists(), reason="weights/tiny-glm is not trained yet")
@@ -575,3 +627,33 @@ def test_embedded_is_the_default(run: Run) -> None:
     assert glm.embedded() == TINY
     assert "generation chatglm" in run("info").out
     assert json.loads((TINY / "config.json").read_text())["model_type"] == "chatglm"
+
+
+# -- trace -----------------------------------------------------------------------------------------------------------
+
+
+def test_trace_prints_a_table_a_page_and_json(run: Run, small: str, tmp_path: Path) -> None:
+    page = tmp_path / "trace.html"
+    ran = run("trace", "A [MASK] here", "-s", small, "--only", "block 1 / attention / *", "--html", str(page))
+    assert ran.status == 0, ran.err
+    lines = [line.split() for line in ran.out.splitlines()]
+    assert ["block", "1"] in lines
+    assert [line[0] for line in lines if line[1:2] == ["1"] and line[0] != "block"][:3] == ["input", "qkv", "q"]
+    assert [line[1] for line in lines if line[2:4] == ["/", "stream"]] == ["0", "1"], "what each layer would say"
+    assert ran.err.strip() == f"{page} is written"
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+    ran = run("trace", "A [MASK] here", "-s", small, "--json", "--new", "2")
+    told = [json.loads(line) for line in ran.out.splitlines()]
+    assert told[0]["name"] == "ids"
+    assert told[0]["shape"] == [1, len(Tokenizer.from_pretrained(small).infill("A [MASK] here")) + 2]
+    assert told[-1]["name"] == "logits"
+
+
+def test_trace_says_what_is_wrong(run: Run, small: str, tmp_path: Path) -> None:
+    ran = run("trace", "A", "-s", small, "--only", "layer 0")
+    assert (ran.status, ran.out) == (1, "")
+    assert ran.err.startswith("glm: no step's name matches 'layer 0'")
+    ran = run("trace", "A", "-s", small, "--html", str(tmp_path / "nowhere" / "trace.html"))
+    assert ran.status == 1
+    assert "cannot be written" in ran.err

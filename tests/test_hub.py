@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from glm import hub
 from glm.errors import CheckpointError
 from glm.hub import fetch
 
@@ -29,6 +28,7 @@ NATIVE = {
     "modeling_chatglm.py": b"raise SystemExit('code of a stranger')",
     "pytorch_model.bin": b"a program",
     "onnx/model.safetensors": b"another format",
+    "prepacked.safetensors": b"for the machine of a stranger",
     "README.md": b"words",
 }
 OLD = {"config.json": b"{}", "pytorch_model.bin": b"a program", "ice_text.model": b"", "quantization.py": b"code"}
@@ -50,7 +50,7 @@ def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     "source", ["/no/such/folder", "chatglm3", "a/b/c", "../x/y", "", "a/b c", "~no_such_user/x/y", "a/", "\0"]
 )
 def test_what_is_neither_folder_nor_id_is_one_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("nobody should be asked"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("nobody should be asked"))
     with pytest.raises(CheckpointError, match="no such folder"):
         fetch(source)
 
@@ -70,7 +70,7 @@ def test_what_the_hub_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         asked.append({"id": id, **how})
         return str(tmp_path)
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(CheckpointError, match=r"org/name: has no \.safetensors.*glm convert org/name DST"):
         fetch("org/name")
     fetch("org/name", "v1", weights=False)
@@ -83,13 +83,14 @@ def test_what_the_hub_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(not pattern.endswith((".py", "*")) or "LICENSE" in pattern for each in patterns for pattern in each)
     assert [any(p.endswith(".bin") for p in each) for each in patterns] == [False, False, False, True, False]
     assert [any(p.endswith(".safetensors") for p in each) for each in patterns] == [True, False, True, False, True]
+    assert all("prepacked.safetensors" in request["ignore_patterns"] for request in asked)
 
 
 def test_whatever_goes_wrong_there_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(*_: Any, **__: Any) -> str:
         raise RuntimeError("the sky is falling\nin many lines")
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(CheckpointError, match=r"^org/name: .*the sky is falling$"):
         fetch("org/name")
 

@@ -56,3 +56,32 @@ def test_public_names_are_what_they_say(before: str) -> None:
     """A submodule of the same name would take a function's place in the package."""
     names = "[name for name in glm.__all__ if type(getattr(glm, name)).__name__ == 'module']"
     assert run(f"{before} print({names}, {names}, len(glm.__all__) > 15)", PROJECT) == "[] [] True\n"
+
+
+FIRST_TOKEN = (
+    "import glm; tok = glm.Tokenizer.from_pretrained(glm.embedded()); "
+    "engine = glm.Engine.from_pretrained(glm.embedded(), device='cpu'); "
+    "ids = tok.chat([{'role': 'user', 'content': 'What is blank infilling?'}]); "
+    "print(len(engine.generate([ids], max_new_tokens=2)[0])); "
+)
+UNNEEDED = (
+    "transformers", "matplotlib", "sympy", "networkx", "torch._dynamo", "torch._inductor", "torch.distributed.tensor",
+    "huggingface_hub", "httpx", "requests", "rich", "typer", "jinja2", "safetensors", "glm.cli", "glm.training",
+)  # fmt: skip
+
+
+def test_the_first_token_of_an_engine_needs_little() -> None:
+    """From an empty process to a token. torch's compiler alone, which its custom_op imports, takes over a second."""
+    said = run(FIRST_TOKEN + f"print([name for name in {UNNEEDED} if name in sys.modules])", PROJECT)
+    assert said.splitlines() == ["2", "[]"]
+
+
+def test_the_compiler_is_heeded_where_it_is() -> None:
+    """In a process that has torch's compiler, the kernels are called as `torch.library.custom_op` calls them."""
+    program = (
+        "import torch, torch._dynamo; from glm_kernels import rms_norm; calls = []; disable = torch.compiler.disable; "
+        "torch.compiler.disable = lambda f: calls.append(f.__name__) or disable(f); "
+        "x = torch.randn(2, 8); y = [rms_norm(x, torch.ones(8), 1e-5, weight_first=True) for _ in range(2)]; "
+        "print(calls, torch.equal(*y))"
+    )
+    assert run(program, PROJECT, PROJECT / "kernels") == "['norm'] True\n"

@@ -7,7 +7,7 @@
     while request.active:
         engine.step()
 
-A step reads a piece of one new prompt, if there is one, and gives every request that is writing its next token: so
+A step reads a piece of new prompts, if there are any, and gives every request that is writing its next token: so
 requests join and leave between steps (continuous batching: Yu et al. 2022, Orca). Each has a slot of the cache, its
 own length, rules and dice; what it says does not depend on its neighbours, up to the rounding of products with more or
 fewer rows. The tokens are those of `glm.generate` with the same arguments.
@@ -35,7 +35,7 @@ from glm.model import GLM
 from glm.runtime.call import Call, Prompt
 from glm.runtime.composed import Composed
 from glm.runtime.decoding import Outcome, advance
-from glm.runtime.matrices import integer_form
+from glm.runtime.matrices import integer_form, lays_out
 from glm.runtime.recording import Recording
 from glm.runtime.requests import Request
 from glm.runtime.rows import Rows
@@ -43,6 +43,7 @@ from glm.runtime.sampling import chosen
 from glm.runtime.seats import Seats
 from glm.runtime.slots import Slots
 from glm.spec import Spec
+from glm.tensor_file import Progress
 
 GREEDY, NEVER = Sampler(0, 0, 1, 1), Ending.of((), (), None, False)
 CHUNK = 2048  # tokens of a prompt that are read at once, while others wait for their next token
@@ -116,14 +117,23 @@ class Engine:
         device: torch.device | str | None = None,
         revision: str | None = None,
         prefix: str | PathLike[str] | None = None,
+        progress: Progress | None = None,
         **options: Any,
     ) -> "Engine":
-        """The engine of a checkpoint folder or hub id, by default on a GPU if there is one; `options` as above."""
-        from glm.pretrained import load
+        """The engine of a checkpoint folder or hub id, by default on a GPU if there is one; `options` as above.
 
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = load(source, dtype=dtype, device=place, revision=revision, prefix=prefix)
-        return cls(model, release=options.get("draft") is None, **options)
+        Where kernels compute with integers, they are read from the file that `glm prepack` wrote, if it is there; a
+        warning says why where it cannot be used. Kernels are compiled at their first call on a machine, and kept in
+        Triton's cache: ~/.triton/cache, or $TRITON_CACHE_DIR.
+        """
+        from glm.pretrained import Opened
+        from glm.runtime.prepacked import with_prepacked
+
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        opened = Opened.of(source, dtype=dtype, revision=revision, prefix=prefix)
+        if lays_out(opened.dtype, place):
+            opened = with_prepacked(opened)
+        return cls(opened.filled(place, progress), release=True, **options)
 
     # ------------------------------------------------------------------------- what a caller asks for
 
@@ -257,7 +267,7 @@ class Engine:
         seed: int | None,
         ending: Ending,
     ) -> list[Request]:
-        """One of each prompt. Raises what `generate` does for what cannot be answered."""
+        """One of each prompt. Raises CacheError, and what `generate` raises, for what cannot be answered."""
         texts = checked(self.spec, prompts, max_new_tokens, None)
         dice = thrown(texts, seed) if sampler.temperature else [None] * len(texts)
         requests = []
@@ -318,21 +328,28 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Read a piece of a new prompt, if there is one, and let every request that writes go on by a token or more."""
-        if self.reading is None and self.waiting and self.seats.take(self.waiting[0], self.reusable) is not None:
-            self.reading = self.waiting.popleft()
-            self.reading.state = "reading"
-        if self.reading is not None:
-            self.read_on(self.reading)
+        """Read `chunk` tokens of new prompts, if there are any, and give every request that writes a token or more."""
+        left = self.chunk
+        while left > 0 and (request := self.next_to_read()):
+            left -= self.read_on(request)
+        if self.draft is not None:
+            self.guess(self.seats.writing(), self.draft)
         writers = self.seats.writing()
         if writers:
             self.pending.append(self.launch(writers))
         while len(self.pending) > (self.ahead if writers else 0):
             self.settle(self.pending.popleft())
 
-    def read_on(self, request: Request) -> None:
-        """One more piece of a prompt; behind the last of them stands the first new token."""
-        slot = self.seats.holders.index(request)
+    def next_to_read(self) -> Request | None:
+        """The request whose prompt is being read, or else the next one that waits, if there is a slot for it."""
+        if self.reading is None and self.waiting and self.seats.take(self.waiting[0], self.reusable) is not None:
+            self.reading = self.waiting.popleft()
+            self.reading.state = "reading"
+        return self.reading
+
+    def read_on(self, request: Request) -> int:
+        """One more piece of a prompt, behind the last of which stands the first new token; how many tokens it had."""
+        slot, before = self.seats.holders.index(request), request.read
         try:
             x, last = self.piece(request, slot)
             if self.draft is not None:
@@ -341,6 +358,7 @@ class Engine:
                 self.begin(request, slot, x)
         except Exception as error:  # memory, most likely: the others go on
             self.leave(request, "failed", error)
+        return max(request.read - before, 1)
 
     def piece(self, request: Request, slot: int) -> tuple[Tensor, bool]:
         """The stream [1, t, D] of the next piece of a prompt, and whether it is the last; its keys are in the cache."""
@@ -352,7 +370,7 @@ class Engine:
         return x, end == len(request.prompt)
 
     def excerpt(self, request: Request, slot: int, start: int, end: int) -> tuple[Tensor, Tensor, Call, Any]:
-        """What the model is given to read tokens `start` to `end` of a request in a slot."""
+        """What reads tokens `start` to `end` of a request in a slot: ids [1, T], positions [1, T, A], call, memory."""
         before = self.slots.before
         tokens = torch.tensor([request.text[start:end]], device=self.device)
         positions = request.positions(start, end - start).to(self.device)
@@ -379,8 +397,6 @@ class Engine:
 
     def launch(self, writers: dict[int, Request]) -> Pending:
         """Give the device its next step."""
-        if self.draft is not None:
-            self.guess(writers, self.draft)
         rows = 1
         while rows <= max(writers):
             rows *= 2
@@ -413,7 +429,10 @@ class Engine:
             if self.draft is not None:
                 self.draft.tally.right += kept[slot] - 1
                 request.stream = [self.composed.final(pending.outcome.stream[slot : slot + 1, : kept[slot]])]
-            self.give(request, slot, ids[slot][: kept[slot]])
+            try:
+                self.give(request, slot, ids[slot][: kept[slot]])
+            except Exception as error:  # of a decode that cannot read the ids, say: the others have their tokens
+                self.leave(request, "failed", error)
 
     def give(self, request: Request, slot: int, ids: list[int]) -> None:
         """New ids for a request, in order; negative where the logits were not finite."""
@@ -437,12 +456,17 @@ class Engine:
             count = certain.shape[1]
             before = request.positions(request.told - 1, count).to(self.device)
             stream = torch.cat(request.stream, dim=1)[:, :count]
-            found = request.guess(certain, stream, Layout.rule(before, request.told - 1 + count))[0, : self.guesses]
+            layout = Layout.rule(before, request.told - 1 + count)
+            try:
+                found = request.guess(certain, stream, layout)[0, : self.guesses]
+            except Exception as error:
+                self.leave(request, "failed", error)
+                continue
             request.told += count
             self.rows.guesses[slot] = certain[0, -1]
             self.rows.guesses[slot, : len(found)] = found
             draft.tally.guessed += self.guesses
-        draft.tally.passes += 1
+        draft.tally.passes += bool(writers)
 
     # ------------------------------------------------------------------------- the device
 

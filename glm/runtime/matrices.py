@@ -14,19 +14,17 @@ from glm_kernels import (
     dense_matmul_experts,
     int4_matmul,
     int4_matmul_experts,
-    int4_prepack,
     int8_matmul,
     int8_matmul_experts,
-    int8_prepack,
 )
 from glm_kernels.dispatch import INTERPRETED
-from glm_kernels.packing import from_row_scaled
 from torch import Tensor, nn
 
 from glm.errors import ConfigError
-from glm.grouped import Grouped, GroupedLinear, GroupedStack
-from glm.linear import Linear, LinearStack, RowScaledLinear, RowScaledStack
+from glm.grouped import Grouped
+from glm.linear import Linear, LinearStack
 from glm.quantization import quantize
+from glm.runtime.laid_out import Integers, LaidOut, as_codes
 from glm.runtime.norms import FusedNorm
 
 Product = Callable[..., Tensor]
@@ -37,12 +35,11 @@ class Width(NamedTuple):
 
     product: Product
     experts: Product
-    prepack: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 
 
 WIDTHS = {
-    4: Width(int4_matmul, int4_matmul_experts, int4_prepack),
-    8: Width(int8_matmul, int8_matmul_experts, int8_prepack),
+    4: Width(int4_matmul, int4_matmul_experts),
+    8: Width(int8_matmul, int8_matmul_experts),
 }
 
 
@@ -81,7 +78,7 @@ class Store:
 
     def __init__(self, form: Grouped | None, dtype: torch.dtype, device: torch.device) -> None:
         self.form = form
-        self.laid_out = dtype in (torch.float16, torch.bfloat16) and (device.type == "cuda" or INTERPRETED)
+        self.laid_out = lays_out(dtype, device)
 
     def matrix(self, module: nn.Module) -> Matrix:
         """That of a linear layer. Raises ConfigError where it is to become integers and is so already."""
@@ -89,8 +86,7 @@ class Store:
             if self.form is None:
                 return Matrix(dense_matmul, (module.weight,), {"bias": module.bias})
             form = fitting(self.form, module.in_features)
-            packed, scales, zeros = quantize(module.weight.detach(), form)
-            return self.integers(packed, scales, zeros, form.bits, module.in_features, module.bias)
+            return self.integers(Integers(*quantize(module.weight.detach(), form), form.bits, module.bias))
         return self.stored(module)
 
     def stack(self, module: nn.Module) -> Matrix:
@@ -102,42 +98,37 @@ class Store:
             parts = [quantize(weight, form) for weight in module.weight.detach()]
             packed, scales = (torch.stack([part[i] for part in parts]) for i in range(2))  # type: ignore[misc]
             zeros = None if form.symmetric else torch.stack([part[2] for part in parts])  # type: ignore[misc]
-            return self.integers(packed, scales, zeros, form.bits, module.weight.shape[-1], module.bias, experts=True)
+            return self.integers(Integers(packed, scales, zeros, form.bits, module.bias))
         return self.stored(module)
 
     def stored(self, module: nn.Module) -> Matrix:
         """That of a layer whose file holds integers."""
-        experts = isinstance(module, RowScaledStack | GroupedStack)
-        if not experts and not isinstance(module, RowScaledLinear | GroupedLinear):
+        stored = Integers.of(module)
+        if stored is None and not isinstance(module, LaidOut):
             raise TypeError(f"no linear layer: {type(module).__name__}")
         if self.form is not None:
             raise ConfigError("the weights are integers already: leave `weights` out, or load a dense checkpoint")
-        if isinstance(module, RowScaledLinear | RowScaledStack):
-            inputs = module.weight.shape[-1] * 8 // module.bits
-            packed, scales = from_row_scaled(module.weight, module.bits), module.weight_scale[..., None]
-            return self.integers(packed, scales, None, module.bits, inputs, module.bias, experts)
-        assert isinstance(module, GroupedLinear | GroupedStack)
-        inputs = module.weight_packed.shape[-1] * 32 // module.form.bits
-        operands = (module.weight_packed, module.weight_scale, module.weight_zero_point)
-        return self.integers(*operands, module.form.bits, inputs, module.bias, experts)
+        if stored is not None:
+            return self.integers(stored)
+        assert isinstance(module, LaidOut)
+        return integer_matrix(module.operands, module.bits, module.group, module.bias)
 
-    def integers(
-        self,
-        packed: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        bits: int,
-        inputs: int,
-        bias: Tensor | None,
-        experts: bool = False,
-    ) -> Matrix:
+    def integers(self, stored: Integers) -> Matrix:
         """A matrix of stored integers, laid out for the kernel if one computes."""
-        width, group = WIDTHS[bits], inputs // scales.shape[-1]
-        operands: tuple[Tensor | None, ...] = (packed, scales, zeros)
-        if self.laid_out:
-            operands = tuple(width.prepack(packed, scales, zeros))
-        product = width.experts if experts else width.product
-        return Matrix(product, operands, {"group": group, "bias": bias})
+        operands = stored.lay_out() if self.laid_out else (as_codes(stored.packed, stored.bits), *stored[1:3])
+        return integer_matrix(operands, stored.bits, stored.group, stored.bias)
+
+
+def lays_out(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel computes products with integers there, so that they are laid out for it."""
+    return dtype in (torch.float16, torch.bfloat16) and (device.type == "cuda" or INTERPRETED)
+
+
+def integer_matrix(operands: tuple[Tensor | None, ...], bits: int, group: int, bias: Tensor | None) -> Matrix:
+    """Of integers, stored or laid out; one of every expert where the scales have three axes."""
+    width, scales = WIDTHS[bits], operands[1]
+    assert scales is not None
+    return Matrix(width.experts if scales.dim() == 3 else width.product, operands, {"group": group, "bias": bias})
 
 
 def fitting(form: Grouped, inputs: int) -> Grouped:

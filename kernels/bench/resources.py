@@ -27,13 +27,16 @@ MODULES = [import_module(f"glm_kernels.{name}") for name in NAMES]
 PATH = machine.RESULTS / "resources.json"
 
 
-def everything(names: Collection[str] = NAMES, twins: bool = True) -> list[tuple[int, int, int]]:
-    """(module, target, variant) by their places in the lists; those marked `twin` can be left out."""
+def everything(
+    names: Collection[str] = NAMES, twins: bool = True, archs: Collection[str] | None = None
+) -> list[tuple[int, int, int]]:
+    """(module, target, variant) by their places in the lists, of some devices; those marked `twin` can be left out."""
     return [
         (m, t, v)
         for m, module in enumerate(MODULES)
         if NAMES[m] in names
         for t, target in enumerate(TARGETS)
+        if archs is None or str(target.arch) in archs
         for v, variant in enumerate(module.variants(target))
         if twins or not variant.twin
     ]

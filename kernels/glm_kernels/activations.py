@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glm_kernels.dispatch import Target, jit, takes_kernel, tl, wide
+from glm_kernels.operators import operator
 from glm_kernels.variants import POINTERS, Variant
 
 KINDS = "silu", "gelu", "gelu_tanh"
@@ -221,7 +222,7 @@ def result_like(x: Tensor, part: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // (1 if part == ALONE else 2))
 
 
-@torch.library.custom_op("glm_kernels::activation", mutates_args=())
+@operator("activation")
 def activation(x: Tensor, kind: str, part: int) -> Tensor:
     """f(x), or f of the half `part` of x times the other half."""
     if not takes_kernel(x):
@@ -237,7 +238,7 @@ def _(x: Tensor, kind: str, part: int) -> Tensor:
     return result_like(x, part)
 
 
-@torch.library.custom_op("glm_kernels::activation_backward", mutates_args=())
+@operator("activation_backward")
 def activation_backward(dy: Tensor, x: Tensor, kind: str, part: int) -> Tensor:
     """dx for `activation`."""
     if not takes_kernel(x):

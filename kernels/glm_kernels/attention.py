@@ -56,6 +56,7 @@ import torch
 from torch import Tensor
 
 from glm_kernels.dispatch import Target, jit, takes_kernel, target, tl, wide
+from glm_kernels.operators import operator
 from glm_kernels.variants import POINTERS, Variant
 
 WIDEST = 256
@@ -624,7 +625,7 @@ def runs_kernel(q: Tensor, v: Tensor) -> bool:
     return takes_kernel(q) and max(q.shape[3], v.shape[3]) <= WIDEST and q.numel() > 0
 
 
-@torch.library.custom_op("glm_kernels::attention", mutates_args=())
+@operator("attention")
 def attention_op(
     q: Tensor, k: Tensor, v: Tensor,
     start: Tensor | None, prefix: Tensor | None, segment: Tensor | None, length: Tensor | None, scale: float,
@@ -650,7 +651,7 @@ def _(
     return by_query(B, T, H, v.shape[3], q), wide(q.new_empty(B, H, T))
 
 
-@torch.library.custom_op("glm_kernels::attention_backward", mutates_args=())
+@operator("attention_backward")
 def backward_op(
     dy: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor,
     start: Tensor | None, prefix: Tensor | None, segment: Tensor | None, length: Tensor | None, scale: float,

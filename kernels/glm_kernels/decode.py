@@ -50,6 +50,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glm_kernels.dispatch import Target, jit, takes_kernel, target, tl, triton
+from glm_kernels.operators import operator
 from glm_kernels.variants import POINTERS, Variant
 
 LAST = 16  # up to so many splits are joined by the last program of their row
@@ -452,7 +453,7 @@ def join_variant(dtype: torch.dtype, V: int) -> Variant:
 # ----------------------------------------------------------------------------- wrapper
 
 
-@torch.library.custom_op("glm_kernels::decode", mutates_args=())
+@operator("decode")
 def decode(
     q: Tensor, k: Tensor, v: Tensor | None, length: Tensor, start: Tensor | None, scale: float,
     key_scale: Tensor | None, value_scale: Tensor | None, value_width: int,

@@ -45,6 +45,7 @@ from torch.nn import functional as F
 from glm_kernels import activations
 from glm_kernels.dispatch import INTERPRETED, Target, jit, takes_kernel, target, tl
 from glm_kernels.norms import rms_norm, rms_norm_reference
+from glm_kernels.operators import operator
 from glm_kernels.packed_matmul import COUNTERS, counter_for, joined, joined_squares, matrix
 from glm_kernels.variants import POINTERS, Variant
 
@@ -415,7 +416,7 @@ def composed(
     return y if residual is None else residual + y
 
 
-@torch.library.custom_op("glm_kernels::dense_product", mutates_args=())
+@operator("dense_product")
 def dense_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, norm: Tensor | None, eps: float | None,
     offsets: Tensor | None, swiglu: bool,

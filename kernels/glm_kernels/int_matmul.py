@@ -109,15 +109,39 @@ def int8_matmul_experts(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None = None, *, offsets: Tensor, group: int,
     bias: Tensor | None = None, swiglu: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`int4_matmul_experts` with int8: packed, scales, zeros and bias as for `int8_matmul`, with an axis in front."""
+    """`int4_matmul_experts` with int8: x [N, I]; the rest as for `int8_matmul`, with an axis of E experts in front."""
     return multiply(x, packed, scales, zeros, bias, None, None, None, offsets, 8, group, swiglu)
 
 
 def int4_prepack(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Prepacked:
-    """A stored int4 matrix in the kernel's layout, for `int4_matmul(x, *prepacked, group=group)`."""
+    """A stored int4 matrix in the kernel's layout, for `int4_matmul(x, *prepacked, group=group)`.
+
+    Args:
+        packed: uint8 [O, I / 2] or int32 [O, I / 8]; all three may have an axis of E experts in front.
+        scales: [O, I / group], in any floating-point dtype.
+        zeros: int8 [O, I / group]; None is 0.
+
+    Returns:
+        int16 [tiles, O, 32], [I / group, O] and [I / group, O] or None; the last tile is filled up.
+
+    Raises:
+        ValueError: Packed integers of another dtype.
+    """
     return prepack(packed, scales, zeros, bits=4)
 
 
 def int8_prepack(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Prepacked:
-    """A stored int8 matrix in the kernel's layout, for `int8_matmul(x, *prepacked, group=group)`."""
+    """A stored int8 matrix in the kernel's layout, for `int8_matmul(x, *prepacked, group=group)`.
+
+    Args:
+        packed: uint8 [O, I] or int32 [O, I / 4]; all three may have an axis of E experts in front.
+        scales: [O, I / group], in any floating-point dtype.
+        zeros: int8 [O, I / group]; None is 0.
+
+    Returns:
+        int16 [tiles, O, 32], [I / group, O] and [I / group, O] or None; the last tile is filled up.
+
+    Raises:
+        ValueError: Packed integers of another dtype.
+    """
     return prepack(packed, scales, zeros, bits=8)

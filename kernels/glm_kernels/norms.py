@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glm_kernels.dispatch import Target, jit, takes_kernel, tl, wide
+from glm_kernels.operators import operator
 from glm_kernels.variants import POINTERS, Variant
 
 WIDEST = 16384  # a row is held in the registers of one program
@@ -295,7 +296,7 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("glm_kernels::norm", mutates_args=())
+@operator("norm")
 def norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, weight_first: bool
 ) -> list[Tensor]:
@@ -328,7 +329,7 @@ def remember(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(output[1] if ctx.added else x, weight)
 
 
-@torch.library.custom_op("glm_kernels::norm_backward", mutates_args=())
+@operator("norm_backward")
 def norm_backward(
     dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, centred: bool, eps: float, parameters: bool
 ) -> list[Tensor]:

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from glm_kernels.dispatch import INTERPRETED, Target, jit, takes_kernel, target, tl, triton
 from glm_kernels.norms import rms_norm_reference
+from glm_kernels.operators import operator
 from glm_kernels.packing import CHUNK, Prepacked, as_bytes, dequantised, prepack, unprepack
 from glm_kernels.variants import POINTERS, Variant
 
@@ -510,7 +511,7 @@ def on_cpu(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits
     return y.view(*x.shape[:-1], outputs)
 
 
-@torch.library.custom_op("glm_kernels::packed_matmul", mutates_args=())
+@operator("packed_matmul")
 def packed_matmul(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     norm: Tensor | None, eps: float | None, offsets: Tensor | None, bits: int, group: int, swiglu: bool,

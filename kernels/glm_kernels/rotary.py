@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from glm_kernels.dispatch import Target, jit, takes_kernel, tl, wide
+from glm_kernels.operators import operator
 from glm_kernels.variants import POINTERS, Variant
 
 PAIRINGS = "interleaved", "halves"
@@ -389,7 +390,7 @@ def alike(cos: Tensor, sin: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
 
 
-@torch.library.custom_op("glm_kernels::rotary", mutates_args=())
+@operator("rotary")
 def rotary_op(x: Tensor, cos: Tensor, sin: Tensor, widths: Sequence[int], pairing: str, inverse: bool) -> Tensor:
     """x [B, T, heads, K], turned."""
     if not takes_kernel(x):
@@ -420,9 +421,7 @@ def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 rotary_op.register_autograd(backward, setup_context=remember)
 
 
-@torch.library.custom_op(
-    "glm_kernels::rotary_append", mutates_args=("key_cache", "value_cache", "key_scale", "value_scale")
-)
+@operator("rotary_append", mutates_args=("key_cache", "value_cache", "key_scale", "value_scale"))
 def rotary_append_op(
     qkv: Tensor,
     cos: Tensor,

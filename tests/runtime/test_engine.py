@@ -25,7 +25,8 @@ from glm.errors import CacheError, ConfigError, GenerationError, LayoutError
 from glm.layout import Blank, Causal, Layout, Mask
 from glm.linear import Linear, Weights
 from glm.positions import Rotation
-from glm.runtime import Request
+from glm.runtime import Request, attention, matrices, norms
+from glm.runtime.call import Call, Prompt
 
 LONG = 64
 
@@ -208,6 +209,62 @@ def test_a_row_that_waits_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     run(engine, *requests)
     assert requests[0].ids == plain(pure, [3, 4], 9, stop=())
     assert requests[2].ids == plain(pure, [8], 9, stop=())
+
+
+def test_a_mask_written_out_is_the_rule() -> None:
+    """For mixers without a kernel; with a prefix that all see, and behind what was read before."""
+    for queries, keys, prefix in ((5, 5, 0), (3, 8, 0), (5, 5, 4), (3, 8, 7)):
+        positions = torch.arange(keys - queries, keys)[None, :, None]
+        layout = Layout.rule(positions, keys, prefix=torch.tensor([prefix]) if prefix else None)
+        prompt = Prompt(keys, layout.prefix_length)
+        call = Call(torch.tensor([keys - queries]), torch.tensor([keys]), None, prompt)
+        assert torch.equal(call.mask(queries, keys).allowed[:, 0], layout.visible)  # type: ignore[index]
+
+
+def test_an_idle_row_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[Tensor] = []
+    whole = attention.decode_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+        lengths.append(length)
+        return whole(q, k, v, length)
+
+    monkeypatch.setattr(attention, "decode_attention", watched)
+    engine = Engine(model(), max_batch=4, max_length=LONG)
+    requests = [engine.submit([3] * count, max_new_tokens=9, stop=()) for count in (2, 3, 4)]
+    for _ in range(4):
+        engine.step()
+    engine.cancel(requests[1])
+    lengths.clear()
+    engine.step()
+    assert [length.tolist()[1::2] for length in lengths] == [[0, 0]] * 2
+
+
+def test_a_block_is_six_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many kernels as a layer should have; the rest of a step does not grow with the layers."""
+    calls: list[str] = []
+
+    def counted(name: str, whole: Any) -> Any:
+        def call(*operands: Any, **how: Any) -> Any:
+            calls.append(name)
+            return whole(*operands, **how)
+
+        return call
+
+    for module, name in (
+        (matrices, "dense_matmul"), (attention, "rotary_append"), (attention, "decode_attention"),
+        (norms, "rms_norm"), (attention, "append"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    monkeypatch.setattr(norms, "FOLDED", frozenset({torch.float64}))
+    engine = Engine(model_of(native_spec(layers=3), 1), max_length=LONG)
+    request = engine.submit([3, 4], max_new_tokens=9, stop=())
+    engine.step()
+    calls.clear()
+    engine.step()
+    block = ["dense_matmul", "rotary_append", "decode_attention", *["dense_matmul"] * 3]
+    assert calls == [*block * 3, "dense_matmul"]
+    engine.cancel(request)
 
 
 # ----------------------------------------------------------------------------- refusals
@@ -454,6 +511,50 @@ def test_a_failing_prompt_frees_its_slot(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (bad.state, good.state, good.ids) == ("failed", "done", plain(pure, [3, 4], 4, stop=()))
     with pytest.raises(torch.OutOfMemoryError):
         engine.generate([[9] * 7], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_decode_or_a_drafter_that_fails_ends_its_own_request(draft: bool) -> None:
+    """The others have the tokens of that step."""
+    pure = model()
+
+    class Failing(PromptLookup):
+        def start(self, *prompt: Any) -> Any:
+            guess, times = super().start(*prompt), iter(range(99))
+
+            def failing(tokens: Tensor, *rest: Any) -> Tensor:
+                if prompt[1][0, 0] == 9 and next(times) == 2:
+                    raise RuntimeError("no more guesses")
+                return guess(tokens, *rest)
+
+            return failing
+
+    def decode(ids: list[int]) -> str:
+        if len(ids) > 3 and not draft:
+            raise RuntimeError("no text")
+        return ""
+
+    engine = Engine(pure, max_batch=3, max_length=LONG, draft=Failing(2) if draft else None)
+    how: list[dict[str, Any]] = [{}, {"stop_text": "x", "decode": decode}, {}]
+    requests = [
+        engine.submit(prompt, max_new_tokens=9, stop=(), **extra)
+        for prompt, extra in zip(([3, 4], [9, 8], [5, 6]), how, strict=True)
+    ]
+    run(engine, *requests)
+    assert [request.state for request in requests] == ["done", "failed", "done"]
+    assert str(requests[1].error) == ("no more guesses" if draft else "no text")
+    for request in (requests[0], requests[2]):
+        assert request.ids == plain(pure, request.prompt, 9, stop=())
+    assert engine.seats.holders == [None] * 3
+
+
+def test_short_prompts_are_read_side_by_side() -> None:
+    engine = Engine(model(), max_batch=4, max_length=LONG, chunk=6)
+    requests = [engine.submit([3 + i, 4, 5], max_new_tokens=9, stop=()) for i in range(4)]
+    engine.step()
+    assert [request.state for request in requests] == ["writing", "writing", "waiting", "waiting"]
+    engine.step()
+    assert [len(request.ids) for request in requests] == [3, 3, 2, 2]
 
 
 def test_a_stream_that_is_dropped_frees_its_slot() -> None:

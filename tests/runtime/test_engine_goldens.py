@@ -19,10 +19,12 @@ from glm import GLM, Engine
 from glm.errors import LayoutError
 from glm.layout import Blank, Layout
 from glm.runtime import decoding, norms
+from glm.runtime.composed import Composed
+from glm.verify import verify
 
 NAMES = sorted(ALL)
 ROOM = 64
-EVERY = bool(os.environ.get("GLM_ALL_TEXTS"))
+EVERY = bool(os.environ.get("GLM_ALL_GOLDENS"))
 SOME = (
     "chatglm1-int4", "chatglm1-ptuning-proj", "chatglm3-sensitive", "chatglm2-int8", "glm10b-sensitive", "glm130b-base",
     "hf_glm4-sensitive", "hf_glm4_moe-air", "hf_glm4_moe_lite-sensitive", "hf_glm_moe_dsa-base",
@@ -119,7 +121,7 @@ def test_greedy_ids_and_samples(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shortest text of some goldens, read and its last tokens decoded; GLM_ALL_TEXTS=1 takes all of all."""
+    """The shortest text of some goldens, read and its last tokens decoded; EVERY takes all goldens, and a long text."""
     if not EVERY and (name not in SOME or (dtype is torch.float32 and "sensitive" not in name)):
         pytest.skip("a slow test runs it: make test-slow")
     monkeypatch.setattr(norms, "FOLDED", norms.FOLDED | ({dtype} if "sensitive" in name else set()))
@@ -142,13 +144,10 @@ def test_kernels(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
 
 
 def chosen(model: GLM, folder: Path) -> list[tuple[list[int], Layout | None]]:
-    """The shortest text that can be decoded, or all texts."""
-    every = list(texts(folder))
-    if EVERY:
-        return every
-    return [
-        min((len(ids), ids, layout) for ids, layout in every if layout is None and begun(model, ids, len(ids) - 3))[1:]
-    ]
+    """The shortest text that can be decoded; of all texts, that and the longest one."""
+    every = sorted(texts(folder), key=lambda text: len(text[0]))
+    shortest = next((ids, layout) for ids, layout in every if layout is None and begun(model, ids, len(ids) - 3))
+    return [shortest, every[-1]] if EVERY else [shortest]
 
 
 @directly
@@ -160,8 +159,8 @@ def test_in_the_interpreter() -> None:
 @directly
 @needs_triton
 @pytest.mark.slow
-def test_all_texts_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLM_ALL_TEXTS", "1")
+def test_all_goldens_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLM_ALL_GOLDENS", "1")
     rerun(__file__, at_least=2 * len(NAMES))
 
 
@@ -172,3 +171,18 @@ def test_a_layout_that_is_no_rule_is_refused() -> None:
     visible[0, 3, 1] = False
     with pytest.raises(LayoutError, match="the engine reads one text"):
         engine.read([1, 2, 3, 4], Layout(torch.arange(4)[None, :, None], visible))
+
+
+@directly
+def test_verify_asks_the_engine_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = verify(ALL["chatglm3-base"], engine=True)
+    assert report.ok
+    assert sum(row.quantity == "logits, engine" for row in report.rows) == 4
+    assert any(row.quantity == "greedy, engine" for row in report.rows)
+    whole = decoding.greedy
+    monkeypatch.setattr(decoding, "greedy", lambda logits: whole(-logits))
+    wrong = {row.quantity for row in verify(ALL["chatglm3-base"], engine=True).rows if not row.ok}
+    assert wrong == {"greedy, engine"}
+    monkeypatch.setattr(Composed, "logits", lambda self, x: self.head(x))
+    wrong = {row.quantity for row in verify(ALL["chatglm3-base"], engine=True).rows if not row.ok}
+    assert wrong == {"greedy, engine", "logits, engine"}
