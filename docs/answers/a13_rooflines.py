@@ -39,9 +39,9 @@ def rows_bound_by_memory_cases() -> Iterator[Case]:
     """Found by trying: bf16, int8, int4, a large and a small matrix."""
     for outputs, inputs, weight in ((27392, 4096, 2.0), (4608, 4096, 0.515625), (4096, 13696, 1.0), (1024, 512, 2.0)):
         machine = {"multiply": 7.7e14, "read": 4.5e12}
-        shape = {"outputs": outputs, "inputs": inputs, "weight": weight}
-        bounds = (product(rows, **shape).floor(**machine)[1] for rows in range(1, 2**20))
-        yield Case(shape | machine, {"result": next(n for n, bound in enumerate(bounds) if bound == "C")})
+        bounds = (product(rows, outputs, inputs, weight).floor(**machine)[1] for rows in range(1, 2**20))
+        arguments = {"outputs": outputs, "inputs": inputs, "weight": weight, **machine}
+        yield Case(arguments, {"result": next(n for n, bound in enumerate(bounds) if bound == "C")})
 
 
 def ideal_gain_cases() -> Iterator[Case]:

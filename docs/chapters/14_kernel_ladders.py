@@ -331,7 +331,7 @@ assert (by_groups - plain("int4", torch.float64)[0]).abs().max() < 160 * EPS * b
 # kernel takes longer than the norm. So the product behind it takes it in. The factor of a row commutes with a product:
 #
 # $$ \left(\frac{x \odot n}{r}\right) W^\top = \frac1r \, (x \odot n) W^\top, \qquad
-#    r = \sqrt{\tfrac1D \textstyle\sum_i x_i^2 + \varepsilon}. $$
+#    r = \sqrt{\frac1D \sum_i x_i^2 + \varepsilon}. $$
 #
 # The squares are summed up beside the product, while the same $x$ is in registers, and the division waits until the
 # end. A LayerNorm subtracts a mean first and is not taken in.

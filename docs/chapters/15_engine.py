@@ -187,7 +187,7 @@ assert second.ids == alone(short, 20, stop=())
 # ## Requests come and go
 #
 # A batch that begins together ends when its longest answer does; until then the rows that are done do nothing. The
-# engine admits a request whenever a slot is free: *continuous batching*. A step reads a piece of one new prompt, and
+# engine admits a request whenever a slot is free: *continuous batching*. A step reads a piece of new prompts, and
 # gives a token to everyone who is writing. Six requests for two slots, one of them given up on the way:
 
 # %%
