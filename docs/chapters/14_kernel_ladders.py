@@ -122,8 +122,9 @@ for name, steps in found.items():
 # softmax can be carried along. For the keys so far, keep the greatest score $m$, the sum of weights $w$ and the
 # weighted sum of values $a$; a new block of scores $s_j$ gives
 #
-# $$ m' = \max(m, \max_j s_j), \quad p_j = e^{s_j - m'}, \quad w' = e^{m - m'} w + \sum_j p_j, \quad
-#    a' = e^{m - m'} a + \sum_j p_j v_j, $$
+# $$ m' = \max(m, \max_j s_j), \qquad p_j = e^{s_j - m'}, $$
+#
+# $$ w' = e^{m - m'} w + \sum_j p_j, \qquad a' = e^{m - m'} a + \sum_j p_j v_j, $$
 #
 # and at the end $y = a / w$. The factor $e^{m - m'}$ turns what was divided by $e^m$ into what is divided by
 # $e^{m'}$.
@@ -215,7 +216,9 @@ picture
 # second: with one row there is one program a group, a handful on a GPU of more than a hundred multiprocessors. So the
 # keys are split, each split sums up its own, and the results are joined. A set $J$ of keys is summed up by
 #
-# $$ m(J) = \max_J s, \quad z(J) = \sum_J e^{s - m(J)}, \quad a(J) = \sum_J e^{s - m(J)} v, $$
+# $$ m(J) = \max_J s, \qquad z(J) = \sum_J e^{s - m(J)}, $$
+#
+# $$ a(J) = \sum_J e^{s - m(J)} v, $$
 #
 # and two disjoint sets by the same rule as a block in the recurrence above. Joining is associative and commutative,
 # and the empty set is neutral: any split, in any order, gives one and the same softmax.

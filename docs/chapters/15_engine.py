@@ -63,8 +63,8 @@ assert (logits - truth).abs().max() < 1e-10 * truth.square().mean().sqrt()
 # %% [markdown]
 # ## Few kernels
 #
-# A decoding step of a small model is over in a fraction of a millisecond, if memory has its way. Each kernel costs a
-# microsecond or two to start, even in a recorded graph, so their number is a floor of its own. Count them: a mode of
+# Each kernel costs time to start, whatever it computes and even in a recorded graph. A decoding step has little to
+# compute, so the number of kernels is a floor of its own, beside that of memory. Count them: a mode of
 # torch sees every operation that is called. The difference between three layers and two is one layer.
 
 

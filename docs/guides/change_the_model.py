@@ -25,8 +25,8 @@ from glm.positions import Rotary, Rotation, Unturned
 from glm.residual import Pre
 from glm.spec import Block
 
-torch.set_num_threads(1)
 torch.manual_seed(0)
+torch.set_num_threads(1)
 
 # %% [markdown]
 # ## Something to change
