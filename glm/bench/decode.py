@@ -1,0 +1,54 @@
+"""Decoding: seconds of a step, bytes against the floor, and where the time goes."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from glm.bench import sides as every
+from glm.bench.breakdown import breakdown
+from glm.bench.cases import RuntimeCase
+from glm.bench.sides import OURS, EngineSide, Maker, Setting, Side
+from glm.bench.truth import Truth
+from glm.bench.turns import Place, admitted, in_turn, lasting
+from glm.bench.weights import prompts, random_model
+from glm.bench.work import floor, moved
+
+WARM = 4  # steps of a round before those that are timed
+CHECKED, WRITTEN = 40, 8  # tokens of the prompts that sides are checked on, and of the answers
+PROFILED = 8
+
+
+def measure(case: RuntimeCase, place: Place, makers: Mapping[str, Maker] | None = None) -> dict[str, Any]:
+    """The figures of a case: of every side seconds of a step; of ours bytes, kernels and their times."""
+    model = random_model(case, place.device)
+    rows = case.batch
+    room = case.context + WARM + max(place.steps, PROFILED) + 2 * rows + 16
+    setting = Setting(model, case, max(room, CHECKED + WRITTEN + rows + 16))
+    truth = Truth(model, prompts(case.spec, rows, min(CHECKED, case.context), 1), WRITTEN)
+    sides, found = admitted(every.makers() if makers is None else makers, setting, truth, place)
+    texts = prompts(case.spec, rows, case.context, 2)
+
+    def step(side: Side, turn: int) -> float:
+        side.start(texts)
+        steps(side, WARM)
+        return lasting(partial(steps, side, place.steps), place.device) / place.steps
+
+    in_turn(sides, found, place, step)
+    tokens = case.context + WARM + (place.steps + 1) / 2  # of a row, in the middle of a round
+    row: dict[str, Any] = {"bytes": floor(case.spec, case.torch_dtype, rows, tokens), "tokens": rows, "sides": found}
+    ours = sides.get(OURS)
+    if isinstance(ours, EngineSide) and "seconds" in found[OURS]:
+        row["moved"] = moved(ours.engine, case, tokens)
+        ours.start(texts)
+        steps(ours, WARM)
+        try:
+            row["kernels"] = breakdown(partial(steps, ours, PROFILED), PROFILED, place.device)
+        except Exception as error:  # a profiler that may not look at the device costs the table, not the figures
+            row["kernels"] = {"failed": place.survived(error)}
+    return row
+
+
+def steps(side: Side, count: int) -> None:
+    """So many."""
+    for _ in range(count):
+        side.step()
