@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from glm.blanks import score
     from glm.cache import Cache
     from glm.changes import diff
-    from glm.drafting import NextToken, PromptLookup
+    from glm.drafting import NextToken, PromptLookup, SmallerModel
     from glm.errors import (
         CacheError,
         CheckpointError,
@@ -63,7 +63,7 @@ HOMES = {
         "PromptError",
         "TokenizerError",
     ),
-    "glm.drafting": ("NextToken", "PromptLookup"),
+    "glm.drafting": ("NextToken", "PromptLookup", "SmallerModel"),
     "glm.export": ("save_pretrained",),
     "glm.family": ("release", "releases"),
     "glm.generation": ("generate", "stream"),
@@ -93,6 +93,7 @@ __all__ = [
     "ParallelError",
     "PromptError",
     "PromptLookup",
+    "SmallerModel",
     "Spec",
     "Tokenizer",
     "TokenizerError",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from glm.grouped import Grouped
     from glm.model import GLM
+    from glm.runtime import Engine
     from glm.talk import Talk
     from glm.tokenizer import Tokenizer
 
@@ -144,6 +145,14 @@ Dtype = Annotated[
     option("DTYPE", "float32, bfloat16, float16 or float64.", "that of the files", parser=dtype_name),
 ]
 Device = Annotated[str | None, option("DEVICE", "cpu, cuda, cuda:1, …", "cuda if there is one")]
+ByEngine = Annotated[
+    bool | None,
+    typer.Option(
+        "--engine/--no-engine", help="Fused kernels on a static cache; by default on a GPU.", show_default=False
+    ),
+]
+Room = Annotated[int, option("N", "Tokens of prompt and answer that the engine keeps room for, at most.")]
+Draft = Annotated[int, option("N", "Guess so many tokens ahead, by what followed earlier in the text.")]
 
 
 def opened(source: str, dtype: str | None, device: str | None) -> "tuple[GLM, Tokenizer]":
@@ -166,6 +175,26 @@ def opened(source: str, dtype: str | None, device: str | None) -> "tuple[GLM, To
     with progress_bar(f"loading {called(source)}", total, quiet=total < 1 << 30) as progress:
         model = load(source, dtype=kind, device=place, progress=progress, mesh=mesh_of_all(place))
     return model, tokenizer
+
+
+def author(
+    model: "GLM", engine: bool | None, room: int = 8192, draft: int = 0
+) -> "tuple[GLM | Engine, dict[str, Any]]":
+    """Who is to write: the model or, on a GPU or where it is asked for, an engine of it; and what to tell them besides.
+
+    The engine takes the model over. A model dealt out to several processes writes by itself unless told otherwise.
+    """
+    from glm.drafting import PromptLookup
+    from glm.parallel import mesh_of_all
+
+    drafter = PromptLookup(draft) if draft else None
+    if engine is None:
+        engine = model.device.type == "cuda" and mesh_of_all(model.device) is None
+    if not engine:
+        return model, {"draft": drafter} if drafter else {}
+    from glm.runtime import Engine
+
+    return Engine(model, max_length=min(room, model.context), draft=drafter, release=True), {}
 
 
 def alone(command: str) -> None:
@@ -300,20 +329,24 @@ def chat(
     max_new_tokens: Length = 1024,
     dtype: Dtype = None,
     device: Device = None,
+    engine: ByEngine = None,
+    room: Room = 8192,
+    draft: Draft = 0,
 ) -> None:
     """Talk with a model, a question a line.
 
     Questions can come from a pipe; then the output holds the answers and nothing else.
     """
     model, tokenizer = opened(source, dtype, device)
+    writer, how = author(model, engine, room, draft)
     from glm.talk import Talk
 
     name = called(source or embedded())
     if rounds is None and name == "tiny-glm":
         rounds = 2  # no more than it was trained with
     talk = Talk(
-        model, tokenizer, system=system, rounds=rounds, max_new_tokens=max_new_tokens,
-        temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed,
+        writer, tokenizer, system=system, rounds=rounds, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed, **how,
     )  # fmt: skip
     if terminal():
         at_the_keyboard(talk, name)
@@ -369,7 +402,7 @@ def answer(talk: "Talk", question: str) -> None:
     with closing(talk.ask(question)) as pieces:
         write(pieces)
     if talk.forgotten > forgotten:
-        note(f"(the first rounds are forgotten: the model reads {talk.model.spec.context:,} tokens)")
+        note(f"(the first rounds are forgotten: the model reads {talk.model.context:,} tokens)")
     if talk.cut:
         note("(cut here; more with --max-new-tokens)")
 
@@ -386,6 +419,8 @@ def complete(
     max_new_tokens: Length = 128,
     dtype: Dtype = None,
     device: Device = None,
+    engine: ByEngine = None,
+    draft: Draft = 0,
 ) -> None:
     """Write on where a text stops.
 
@@ -396,12 +431,13 @@ def complete(
     from glm.talk import spelt, written
 
     prompt = tokenizer.continuation(text)
-    room = min(max_new_tokens, model.spec.context - len(prompt))
+    room = min(max_new_tokens, model.context - len(prompt))
     if room < 1:
-        raise GLMError(f"the text has {len(prompt):,} tokens and the model takes {model.spec.context:,}: shorten it")
+        raise GLMError(f"the text has {len(prompt):,} tokens and the model takes {model.context:,}: shorten it")
+    writer, how = author(model, engine, len(prompt) + room, draft)
     ids = written(
-        model, tokenizer, prompt, max_new_tokens=room,
-        temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed,
+        writer, tokenizer, prompt, max_new_tokens=room,
+        temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed, **how,
     )  # fmt: skip
     write(spelt(tokenizer, ids))
 
@@ -413,6 +449,7 @@ def infill(
     max_new_tokens: Length = 128,
     dtype: Dtype = None,
     device: Device = None,
+    engine: ByEngine = None,
 ) -> None:
     """Fill every [MASK] of a text, which is what GLM was made for.
 
@@ -422,7 +459,8 @@ def infill(
     model, tokenizer = opened(source, dtype, device)
     from glm.infilling import fill
 
-    write([fill(model, tokenizer, text, max_new_tokens=max_new_tokens).text])
+    writer, _ = author(model, engine)
+    write([fill(writer, tokenizer, text, max_new_tokens=max_new_tokens).text])
 
 
 # -- looking ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ every token is the model's own choice; guesses only decide how many passes that 
 several tokens may round differently from a pass over one.)
 
     tokens = glm.generate(model, [prompt], max_new_tokens=200, draft=glm.PromptLookup(guesses=8))
+    tokens = glm.generate(model, [prompt], max_new_tokens=200, draft=glm.SmallerModel(small, guesses=4))
     drafter = glm.NextToken.from_pretrained(folder, model)
     tokens = glm.generate(model, [prompt], max_new_tokens=200, draft=drafter)
     print(drafter.tally)
@@ -94,6 +95,41 @@ class PromptLookup:
                     ids = text[start + length : start + length + self.guesses]
                     return ids + text[-1:] * (self.guesses - len(ids))
         return text[-1:] * self.guesses
+
+
+class SmallerModel:
+    """Another, smaller model of the same vocabulary, whose likeliest tokens are the guesses."""
+
+    def __init__(self, model: GLM, guesses: int = 4) -> None:
+        if guesses < 1:
+            raise GenerationError(f"guesses is at least 1, not {guesses}")
+        self.model, self.guesses = model, guesses
+        self.tally = Tally()
+
+    def start(self, model: GLM, ids: Tensor, real: Tensor, length: int) -> Guess:
+        """See `Drafter`. Raises GenerationError where the two models' ids are not the same."""
+        small = self.model
+        if small.spec.vocabulary != model.spec.vocabulary:
+            raise GenerationError(
+                f"the smaller model has {small.spec.vocabulary} ids and this one {model.spec.vocabulary}: "
+                "take one of the same family"
+            )
+        ids, real = ids.to(small.device), real.to(small.device)
+        cache = small.new_cache(len(ids), length + self.guesses)
+        small(ids, small.layout(ids, real), cache, last=True)
+        new = slice(ids.shape[1] - 1, None)  # of the first tokens that come, all but the last are in the cache
+
+        def guess(tokens: Tensor, stream: Tensor, layout: Layout) -> Tensor:
+            nonlocal new
+            guesses = [small(tokens[:, new].to(small.device), cache=cache, last=True)[:, -1:].argmax(-1)]
+            new, certain = slice(None), cache.layout
+            assert certain is not None
+            while len(guesses) < self.guesses:
+                guesses.append(small(guesses[-1], cache=cache, last=True)[:, -1:].argmax(-1))
+            cache.rewind(certain)
+            return torch.cat(guesses, dim=1).to(tokens.device)
+
+        return guess
 
 
 class NextToken(nn.Module):

@@ -15,6 +15,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,11 +30,14 @@ from glm.model import GLM
 from glm.norms import wide
 from glm.spec import Spec
 
+if TYPE_CHECKING:
+    from glm.runtime import Engine
+
 Decode = Callable[[list[int]], str]
 
 
 def generate(
-    model: GLM,
+    model: "GLM | Engine",
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -50,6 +54,8 @@ def generate(
     draft: Drafter | None = None,
 ) -> list[list[int]]:
     """Continue each of `prompts` (lists of ids, of any lengths); returns the new ids of each.
+
+    An engine does it in its own way (`glm.Engine.generate`): `chunk` and `draft` it was given when it was made.
 
     max_new_tokens      at most so many new ids a row; memory is taken for all of them at the start.
     temperature         0 (the default) is greedy: always the likeliest token; top_k, top_p and seed do nothing then.
@@ -71,6 +77,12 @@ def generate(
     Raises GenerationError for arguments out of range, ids outside the vocabulary and logits that are not finite;
     LayoutError for a blank-filling prompt without a blank.
     """
+    if not isinstance(model, GLM):
+        unasked(chunk, draft)
+        return model.generate(
+            prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            repetition_penalty=repetition_penalty, stop=stop, stop_text=stop_text, decode=decode, keep_stop=keep_stop,
+        )  # fmt: skip
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
     ending = Ending.of(model.spec.stop if stop is None else stop, stop_text, decode, keep_stop)
     rows = checked(model.spec, prompts, max_new_tokens, chunk)
@@ -81,7 +93,7 @@ def generate(
 
 
 def stream(
-    model: GLM,
+    model: "GLM | Engine",
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -102,10 +114,22 @@ def stream(
     Tokens that may turn out to begin a stop string are held back until that is decided. Closing the generator,
     or dropping it, frees the cache. Arguments are checked by the call itself, not by the first token.
     """
+    if not isinstance(model, GLM):
+        unasked(chunk, draft)
+        return model.stream(
+            prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            repetition_penalty=repetition_penalty, stop=stop, stop_text=stop_text, decode=decode, keep_stop=keep_stop,
+        )  # fmt: skip
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
     ending = Ending.of(model.spec.stop if stop is None else stop, stop_text, decode, keep_stop)
     rows = checked(model.spec, [prompt], max_new_tokens, chunk)
     return (token for _, token in continuations(model, rows, max_new_tokens, sampler, seed, ending, chunk, draft))
+
+
+def unasked(chunk: int | None, draft: Drafter | None) -> None:
+    """Raise GenerationError for what an engine is told when it is made."""
+    if chunk is not None or draft is not None:
+        raise GenerationError("an engine has its chunk and its draft from the beginning: glm.Engine(model, draft=…)")
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ from glm.model import GLM
 from glm.norms import wide
 from glm.spec import Spec
 from glm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from glm.runtime import Engine
 
 Ids = list[int]
 Span = tuple[int, int]  # first unit, one past the last
@@ -262,7 +265,9 @@ class Filled:
     blanks: list[str]
 
 
-def fill(model: GLM, tokenizer: Tokenizer, text: str, *, max_new_tokens: int = 256, **sampling: Any) -> Filled:
+def fill(
+    model: "GLM | Engine", tokenizer: Tokenizer, text: str, *, max_new_tokens: int = 256, **sampling: Any
+) -> Filled:
     """Fills every [MASK] of `text`, from left to right; each is written knowing what the earlier ones became.
 
     Models that know `[sMASK]` and `[gMASK]` as well have their own ways (`in_turn`, `one_by_one`).
@@ -288,7 +293,7 @@ def fill(model: GLM, tokenizer: Tokenizer, text: str, *, max_new_tokens: int = 2
     return Filled(before, blanks)
 
 
-def in_turn(model: GLM, tokenizer: Tokenizer, text: str, **how: Any) -> Filled:
+def in_turn(model: "GLM | Engine", tokenizer: Tokenizer, text: str, **how: Any) -> Filled:
     """All blanks of one row: behind the text one span after another, each started by <sop>, as in training."""
     prompt = tokenizer.infill(text)
     before, *rest = cut_at(text, tokenizer.format.blanks)
@@ -301,7 +306,7 @@ def in_turn(model: GLM, tokenizer: Tokenizer, text: str, **how: Any) -> Filled:
     return Filled(before, blanks)
 
 
-def one_by_one(model: GLM, tokenizer: Tokenizer, text: str, **how: Any) -> Filled:
+def one_by_one(model: "GLM | Engine", tokenizer: Tokenizer, text: str, **how: Any) -> Filled:
     """One blank a row: what was written takes the blank's place before the next is asked for.
 
     First the blanks of the kind that the model fills first, from left to right. (`blanks` are in the order of writing.)

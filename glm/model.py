@@ -127,6 +127,11 @@ class GLM(nn.Module):
         """The dtype of the residual stream."""
         return self.embedding.weight.dtype
 
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together, as far as the release goes."""
+        return self.spec.context
+
     def layout(self, ids: Tensor, real: Tensor | None = None) -> Layout:
         """What the release makes of ids [B, T]; `real` bool [B, T] is False on padding."""
         return self.spec.reading.read(ids, real)

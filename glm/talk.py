@@ -1,7 +1,7 @@
 """A conversation with a model: remembers what was said, asks for the next answer, hands it out as it is written."""
 
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glm.chat import Message
 from glm.errors import PromptError
@@ -12,13 +12,16 @@ from glm.model import GLM
 from glm.reply import Reader, Said
 from glm.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from glm.runtime import Engine
+
 
 class Talk:
     """`rounds` is how many earlier ones the model is shown, None all that fit; `sampling` what `glm.stream` takes."""
 
     def __init__(
         self,
-        model: GLM,
+        model: "GLM | Engine",
         tokenizer: Tokenizer,
         *,
         max_new_tokens: int,
@@ -56,7 +59,7 @@ class Talk:
 
     def prompt(self, question: str) -> list[int]:
         """The conversation up to `question` as ids, with room for an answer of a quarter of the context."""
-        context = self.model.spec.context
+        context = self.model.context
         room = min(self.max_new_tokens, context // 4)
         if self.rounds is not None:
             del self.messages[: max(0, len(self.messages) - 2 * self.rounds)]
@@ -74,7 +77,7 @@ class Talk:
 
     def written(self, prompt: list[int], ids: list[int]) -> Iterator[int]:
         """The ids that follow `prompt`, one by one; they are put into `ids` as well."""
-        room = min(self.max_new_tokens, self.model.spec.context - len(prompt))
+        room = min(self.max_new_tokens, self.model.context - len(prompt))
         for id in written(self.model, self.tokenizer, prompt, max_new_tokens=room, **self.sampling):
             ids.append(id)
             yield id
@@ -105,9 +108,9 @@ class Talk:
         yield said[len(told) :]
 
 
-def written(model: GLM, tokenizer: Tokenizer, prompt: list[int], **options: Any) -> Iterator[int]:
+def written(model: "GLM | Engine", tokenizer: Tokenizer, prompt: list[int], **options: Any) -> Iterator[int]:
     """`glm.stream` up to the tokenizer's stops; a long prompt is read in pieces where the model can, to save memory."""
-    chunk = PIECE if isinstance(model.spec.reading, Causal) else None
+    chunk = PIECE if isinstance(model, GLM) and isinstance(model.spec.reading, Causal) else None
     return stream(model, prompt, stop=tokenizer.stop, chunk=chunk, **options)
 
 

@@ -46,29 +46,32 @@ class Call:
 
 
 class Turns:
-    """cos θ and sin θ for every position there can be, looked up instead of computed: [P, w/2] an axis."""
+    """cos θ and sin θ, [B, T, Σw/2] each, the axes side by side; None where nothing is turned.
+
+    Decoding looks them up in a table of the positions that come first, [P, w/2] an axis: on the device, in one step.
+    """
 
     def __init__(self, rotary: Rotary | Unturned, positions: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.rotary, self.positions = rotary, positions
+        self.rotary, self.dtype = rotary, dtype
         self.tables: list[tuple[Tensor, Tensor]] = []
         if isinstance(rotary, Rotary):
             every = torch.arange(positions, device=device)[None, :, None].expand(-1, -1, len(rotary.widths))
             self.tables = [(cos[0, :, 0], sin[0, :, 0]) for cos, sin in rotary.rotation(every, dtype).turns]
 
-    @property
-    def bytes(self) -> int:
-        """Memory of the tables, in bytes."""
-        return sum(table.nbytes for tables in self.tables for table in tables)
-
-    def of(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """For position ids [B, T, A]: (cos, sin), [B, T, Σw/2] each, the axes side by side."""
+    def computed(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """For any position ids [B, T, A]."""
         if not self.tables:
             return None
-        found = [
-            [table[positions[..., axis]] for axis, table in enumerate(kind)] for kind in zip(*self.tables, strict=True)
-        ]
-        cos, sin = (kinds[0] if len(kinds) == 1 else torch.cat(kinds, dim=-1) for kinds in found)
-        return cos, sin
+        return side_by_side(
+            [(cos[:, :, 0], sin[:, :, 0]) for cos, sin in self.rotary.rotation(positions, self.dtype).turns]
+        )
+
+    def found(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """For position ids [B, T, A] that are in the table."""
+        if not self.tables:
+            return None
+        places = positions.unbind(-1)
+        return side_by_side([(cos[at], sin[at]) for at, (cos, sin) in zip(places, self.tables, strict=True)])
 
     def rotation(self, turns: tuple[Tensor, Tensor] | None) -> Rotation:
         """The same as the pure model's modules take it."""
@@ -77,3 +80,11 @@ class Turns:
         widths = [width // 2 for width in self.rotary.widths]
         cos, sin = (x[:, :, None].split(widths, dim=-1) for x in turns)
         return Rotation(list(zip(cos, sin, strict=True)), self.rotary.widths, self.rotary.pairing)
+
+
+def side_by_side(axes: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of each axis, [B, T, w/2] -> of all of them, [B, T, Σw/2]."""
+    if len(axes) == 1:
+        return axes[0]
+    cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*axes, strict=True))
+    return cos, sin

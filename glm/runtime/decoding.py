@@ -54,5 +54,5 @@ def read(composed: Composed, slots: Slots, rows: Rows, tokens: Tensor) -> Tensor
     at, ahead = rows.at[some], torch.arange(T, device=tokens.device)
     positions = rows.positions[some, None] + ahead[:, None] * rows.steps[some, None]
     length = torch.where(rows.busy[some], at + T, 0)
-    call = Call(at, length, composed.turns.of(positions), None)
+    call = Call(at, length, composed.turns.found(positions), None)
     return composed(tokens, positions, call, slots.of(some))

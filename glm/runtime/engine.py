@@ -215,6 +215,11 @@ class Engine:
             self.leave(request, "cancelled")
 
     @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together, as far as the release goes and a slot has room."""
+        return min(self.spec.context, self.max_length)
+
+    @property
     def bytes(self) -> int:
         """Memory of the cache, in bytes."""
         return self.slots.bytes
@@ -232,8 +237,6 @@ class Engine:
             raise CacheError("every slot is taken: read when a request is over")
         slot = self.seats.free()[0]
         layout = self.spec.reading.read(torch.tensor([list(ids)])) if layout is None else by_rule(layout, len(ids))
-        if (highest := int(layout.positions.max())) >= self.composed.turns.positions:
-            raise LayoutError(f"position {highest} is none of the {self.composed.turns.positions} of this engine")
         request = Request(list(ids), GREEDY, [], Row(0, NEVER), 0, with_step(layout, self.spec))
         parts = []
         while request.read < len(ids):
@@ -340,7 +343,7 @@ class Engine:
             self.leave(request, "failed", error)
 
     def piece(self, request: Request, slot: int) -> tuple[Tensor, bool]:
-        """The stream [1, t, D] of the next piece of a prompt, and whether it was the last. The piece is in the cache then."""
+        """The stream [1, t, D] of the next piece of a prompt, and whether it is the last; its keys are in the cache."""
         start = request.read
         end = min(len(request.prompt), max(start + self.chunk, request.prefix))  # what all see is read at once
         x = self.composed(*self.excerpt(request, slot, start, end))
@@ -355,7 +358,7 @@ class Engine:
         positions = request.positions(start, end - start).to(self.device)
         prefix = None if request.prefix == 0 else torch.tensor([before + request.prefix], device=self.device)
         at, length = (torch.tensor([before + n], dtype=torch.int32, device=self.device) for n in (start, end))
-        call = Call(at, length, self.composed.turns.of(positions), Prompt(before + end, prefix))
+        call = Call(at, length, self.composed.turns.computed(positions), Prompt(before + end, prefix))
         return tokens, positions, call, self.slots.of(slice(slot, slot + 1))
 
     def begin(self, request: Request, slot: int, x: Tensor) -> None:

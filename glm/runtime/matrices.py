@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from glm_kernels import (
+    dense_matmul,
+    dense_matmul_experts,
     int4_matmul,
     int4_matmul_experts,
     int4_prepack,
@@ -30,32 +32,6 @@ from glm.runtime.norms import FusedNorm
 Product = Callable[..., Tensor]
 
 
-# TEMPORARY
-def dense_matmul(x, weight, *, bias=None, residual=None, swiglu=False, norm=None, eps=None):
-    from glm_kernels import rms_norm
-    from glm_kernels import swiglu as act
-
-    if norm is not None:
-        x = rms_norm(x, norm, eps, weight_first=True)
-    y = nn.functional.linear(x, weight, bias)
-    if swiglu:
-        y = act(y)
-    return y if residual is None else y + residual
-
-
-def dense_matmul_experts(x, weight, *, offsets, bias=None, swiglu=False):
-    from glm_kernels import swiglu as act
-
-    o = offsets.tolist()
-    y = torch.cat(
-        [
-            nn.functional.linear(x[o[e] : o[e + 1]], weight[e], None if bias is None else bias[e])
-            for e in range(len(weight))
-        ]
-    )
-    return act(y) if swiglu else y
-
-
 class Width(NamedTuple):
     """What computes with integers of so many bits."""
 
@@ -72,7 +48,7 @@ WIDTHS = {
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix [O, I], or one of every expert, as the product takes it: `operands`, and `named` what goes with them."""
+    """One matrix [O, I], or one of every expert: the `operands` of its product, and by name what goes with them."""
 
     product: Product
     operands: tuple[Tensor | None, ...]

@@ -1,0 +1,144 @@
+"""The engine on every golden: of references in float64, of kernels in float16 and float32.
+
+In float64 its logits are those of the pure model to 1e-10 of their rms, read at once, in pieces, token by token and
+several tokens at a time. In the interpreter, where the kernels themselves compute, they are at most twice as far from
+float64 as those of the pure model in the same dtype, by the largest error and by the rms of all texts of a golden.
+"""
+
+from contextlib import suppress
+
+import pytest
+import torch
+from harness import DTYPES, directly, judge, kernel, needs_triton, rerun
+from texts import ALL, texts
+from torch import Tensor
+
+from glm import GLM, Engine
+from glm.errors import LayoutError
+from glm.layout import Blank, Layout
+from glm.runtime import decoding, norms
+
+NAMES = sorted(ALL)
+ROOM = 64
+
+
+def engine_of(model: GLM, **options: int) -> Engine:
+    return Engine(model, max_length=ROOM, **options)
+
+
+@torch.inference_mode()
+def pure(model: GLM, ids: list[int], layout: Layout | None) -> Tensor:
+    """Logits [T, V] of the pure model."""
+    return model(torch.tensor([ids]), layout)[0]
+
+
+@torch.inference_mode()
+def decoded(engine: Engine, ids: list[int], prompt: int, at_once: int) -> Tensor:
+    """Logits [T - prompt, V] of the tokens behind a prompt, fed `at_once` at a time by the step that decodes.
+
+    The row of the engine says where it is; what it is to read is put in by hand.
+    """
+    request = engine.submit(ids[:prompt], max_new_tokens=len(ids), stop=())
+    engine.waiting.clear()
+    engine.seats.take(request, reusable=False)
+    request.state = "reading"
+    while request.state == "reading":
+        engine.read_on(request)
+    [slot] = engine.seats.writing()
+    found = []
+    for start in range(prompt, len(ids), at_once):
+        tokens = torch.tensor([ids[start : start + at_once]])
+        engine.rows.token[slot] = tokens[0, 0]
+        found.append(engine.composed.logits(decoding.read(engine.composed, engine.slots, engine.rows, tokens))[0])
+        engine.rows.at[slot] += tokens.shape[1]
+        engine.rows.positions[slot] += tokens.shape[1] * engine.rows.steps[slot]
+    engine.cancel(request)
+    return torch.cat(found)
+
+
+def close(ours: Tensor, truth: Tensor) -> None:
+    """To 1e-10 of the rms."""
+    assert ours.shape == truth.shape
+    assert (ours - truth).abs().max() <= 1e-10 * truth.square().mean().sqrt()
+
+
+def begun(model: GLM, ids: list[int], least: int) -> int | None:
+    """From how many tokens on, at least `least`, a text can be continued; one that fills a blank has to begin to."""
+    reading = model.spec.reading
+    for count in range(least, len(ids)):
+        if isinstance(reading, Blank) and reading.sop not in ids[:count]:
+            continue
+        with suppress(LayoutError):
+            if not model.layout(torch.tensor([ids[:count]])).reading:
+                return count
+    return None
+
+
+@directly
+@pytest.mark.parametrize("name", NAMES)
+def test_float64(name: str) -> None:
+    model = GLM.from_pretrained(ALL[name], dtype=torch.float64)
+    engine, in_pieces = engine_of(model), engine_of(model, chunk=3)
+    some = 0
+    for ids, layout in texts(ALL[name]):
+        truth = pure(model, ids, layout)
+        close(engine.read(ids, layout), truth)
+        close(in_pieces.read(ids, layout), truth)
+        prompt = begun(model, ids, len(ids) // 2) if layout is None else None
+        if prompt is not None:
+            some += 1
+            close(decoded(engine, ids, prompt, 1), truth[prompt:])
+            close(decoded(engine, ids, prompt, 3), truth[prompt:])
+    assert some, "nothing was decoded"
+
+
+@directly
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_ids_and_samples(name: str) -> None:
+    import glm
+
+    model = GLM.from_pretrained(ALL[name], dtype=torch.float64)
+    prompts = [ids[:-1] for ids, layout in texts(ALL[name]) if layout is None and begun(model, ids, len(ids) - 1)][:3]
+    assert prompts
+    engine = Engine(model, max_batch=2, max_length=128, chunk=4)
+    sampling = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 7}
+    for how in ({}, sampling):
+        plain = glm.generate(model, prompts, max_new_tokens=12, **how)
+        assert engine.generate(prompts, max_new_tokens=12, **how) == plain
+        assert glm.generate(engine, prompts, max_new_tokens=12, **how) == plain
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "FOLDED", frozenset({torch.float16, torch.float32}) if "sens" in name else norms.FOLDED)
+    model = GLM.from_pretrained(ALL[name], dtype=dtype)
+    exact = GLM.from_pretrained(ALL[name], dtype=dtype).double()
+    engine = engine_of(model, chunk=8)
+    ours, plain, truth = [], [], []
+    for ids, layout in list(texts(ALL[name]))[:4]:
+        ours.append(engine.read(ids, layout))
+        plain.append(pure(model, ids, layout))
+        truth.append(pure(exact, ids, layout))
+        prompt = begun(model, ids, len(ids) - 3) if layout is None else None
+        for at_once in (1, 2) if prompt is not None else ():
+            ours.append(decoded(engine, ids, prompt, at_once))
+            plain.append(pure(model, ids, layout)[prompt:])
+            truth.append(pure(exact, ids, layout)[prompt:])
+    judge(torch.cat(ours), torch.cat(plain), torch.cat(truth))
+
+
+@directly
+@needs_triton
+def test_in_the_interpreter() -> None:
+    rerun(__file__, at_least=2 * len(NAMES))
+
+
+def test_a_layout_that_is_no_rule_is_refused() -> None:
+    model = GLM.from_pretrained(ALL["chatglm3-base"], dtype=torch.float64)
+    engine = Engine(model, max_length=16)
+    visible = torch.ones(1, 4, 4, dtype=torch.bool).tril()
+    visible[0, 3, 1] = False
+    with pytest.raises(LayoutError, match="the engine reads one text"):
+        engine.read([1, 2, 3, 4], Layout(torch.arange(4)[None, :, None], visible))
