@@ -46,7 +46,9 @@ def as_transformers(model: GLM) -> Any:
             generation = chosen(spec, name)
         except ConfigError:
             continue
-        fields, tensors = exported(generation, spec, state, lambda x: x.on_disk(state[x.parameter]), lambda _: model.dtype)
+        fields, tensors = exported(
+            generation, spec, state, lambda x: x.on_disk(state[x.parameter]), lambda _: model.dtype
+        )
         given = {tensor.name: tensor.make() for tensor in tensors}
         if spec.tied:
             given["lm_head.weight"] = given["model.embed_tokens.weight"]

@@ -45,7 +45,9 @@ def guests(case: RuntimeCase, seed: int = 0) -> list[Guest]:
     return found
 
 
-def served(engine: Engine, all_guests: Sequence[Guest], now: Callable[[], float], rest: Callable[[float], None]) -> list[int]:
+def served(
+    engine: Engine, all_guests: Sequence[Guest], now: Callable[[], float], rest: Callable[[float], None]
+) -> list[int]:
     """Answer them all as they come; how many waited, at every step. `now` and `rest` are a clock's.
 
     Raises what stopped a request.

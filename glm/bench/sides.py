@@ -109,12 +109,12 @@ class EngineSide:
         if request.error is not None:
             raise request.error
 
+    @torch.inference_mode()
     def clear(self) -> None:
         """No requests."""
         for request in self.requests:
             self.engine.cancel(request)
         self.requests = []
-        self.engine.pending.clear()
 
 
 def wait(device: torch.device) -> None:

@@ -37,7 +37,13 @@ def measure(case: RuntimeCase, place: Place, folder: Path | None = None) -> dict
         runs = [once(arguments) for _ in range(max(1, place.rounds))]
     total = [sum(run.values()) for run in runs]
     middle = runs[total.index(statistics.median_low(total))]
-    found |= {"seconds": sum(middle.values()), "low": min(total), "high": max(total), "rounds": len(runs), "parts": middle}
+    found |= {
+        "seconds": sum(middle.values()),
+        "low": min(total),
+        "high": max(total),
+        "rounds": len(runs),
+        "parts": middle,
+    }
     return {"sides": {OURS: found}}
 
 

@@ -183,7 +183,9 @@ class TinyLinear(nn.Module):
             self.register_buffer("weight", torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
         self.register_buffer("pairs", torch.stack((scales.mT, torch.zeros_like(scales.mT)), dim=-1).contiguous())
         self.bias = stored.bias
-        self.product = torch.ops.aten._weight_int4pack_mm if words.is_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu
+        self.product = (
+            torch.ops.aten._weight_int4pack_mm if words.is_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""

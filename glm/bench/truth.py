@@ -72,7 +72,9 @@ class Truth:
         gap = self.gap(written)
         if gap <= 2 * self.allowed:
             return ""
-        return f"tokens: one chosen is {gap:.3g} below the likeliest in float64, and errors explain {2 * self.allowed:.3g}"
+        return (
+            f"tokens: one chosen is {gap:.3g} below the likeliest in float64, and errors explain {2 * self.allowed:.3g}"
+        )
 
     def gap(self, written: Sequence[Sequence[int]]) -> float:
         """By how much the worst of the tokens that were chosen is less likely than the likeliest, in logits."""

@@ -40,7 +40,9 @@ class Place:
         return one_line(error)
 
 
-def admitted(makers: Mapping[str, Maker], setting: Setting, truth: Truth, place: Place) -> tuple[dict[str, Side], Found]:
+def admitted(
+    makers: Mapping[str, Maker], setting: Setting, truth: Truth, place: Place
+) -> tuple[dict[str, Side], Found]:
     """The sides that passed the check, and of the others why not."""
     sides: dict[str, Side] = {}
     found: Found = {}
