@@ -1,10 +1,10 @@
-"""Where the time of a step goes: seconds and calls of every kernel, by torch's profiler; on the CPU of every operator."""
+"""Where the time of a step goes: calls and seconds of every kernel (on the CPU, operator), by torch's profiler."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from glm.bench.sides import wait

@@ -14,12 +14,10 @@ app = typer.Typer(
     rich_markup_mode=None, no_args_is_help=True,
 )  # fmt: skip
 
-Release = Annotated[
-    str, typer.Argument(metavar="RELEASE", help="A name from `glm releases`, or a folder of its shape.")
-]
+Release = Annotated[str, typer.Argument(metavar="RELEASE", help="A name from `glm releases`, or a folder.")]
 Weights = Annotated[
     str | None,
-    typer.Option(metavar="WEIGHTS", help="bf16, fp16, fp32, int8 or int4.", show_default="bf16; fp32 on the CPU"),
+    typer.Option(metavar="WEIGHTS", help="bf16, fp16, fp32, int8, int4.", show_default="bf16; fp32 on CPU"),
 ]
 Batch = Annotated[str, typer.Option(metavar="LIST", help="Rows side by side, as 1 or 1,8,32.")]
 Contexts = Annotated[str, typer.Option(metavar="LIST", help="Tokens before those that are timed, or read.")]
@@ -65,7 +63,10 @@ def start(
     release: Release, weights: Weights = None, context: Contexts = "32", layers: Layers = None,
     rounds: Rounds = 3, device: Device = None, out: Out = None,
 ) -> int:  # fmt: skip
-    """Seconds from the start of a process to the first token. A folder is read as it is; of a release one is written."""
+    """Seconds from the start of a process to the first token.
+
+    A folder is read as it is; of a release one is written with random weights.
+    """
     return one("start", release, weights, "1", context, layers, rounds, device, out)
 
 
@@ -82,8 +83,8 @@ def serve(
 
 @app.command("all", epilog="Example: glm bench all --out kernels/results/ --minutes 30")
 def everything(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for runtime_<device>.json and the plots.")],
-    minutes: Annotated[float | None, typer.Option(metavar="X", min=0.1, help="Stop in time.", show_default="none")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results and plots.")],
+    minutes: Annotated[float | None, typer.Option(metavar="X", help="Stop in time.", show_default="never")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only the cases of the goals, with fewer turns.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out what was measured at this commit.")] = False,
     only: Annotated[str, typer.Option(metavar="TEXT", help="Only cases whose name contains this.")] = "",
@@ -100,9 +101,7 @@ def everything(
 
     place = Place(placed(device), *((2, 32) if quick else ()))
     if place.device.type != "cuda":
-        raise GLMError(
-            "models of this size are measured on a GPU, and there is none; single commands run on the CPU too"
-        )
+        raise GLMError("models of this size are measured on a GPU; the other commands run on the CPU too")
     cases = [case for case in all_cases(place.device) if case.importance == 0 or not quick]
     return measure(cases, place, out, minutes=minutes, resume=resume, only=only, commit=commit)
 
@@ -168,9 +167,8 @@ def measure(
         publish(results, out)
     if ending.why:
         note(f"{ending.measured} cases measured, {ending.left} left ({ending.why}); go on with --resume")
-    wrong = any("seconds" not in row.get("sides", {}).get("glm", {}) and "peak" not in row["sides"]["glm"]
-                if "skipped" not in row else True for row in seen)  # fmt: skip
-    return 130 if ending.why == "interrupted" else int(ending.failed or wrong)
+    without = any(not {"seconds", "peak"} & row.get("sides", {}).get("glm", {}).keys() for row in seen)
+    return 130 if ending.why == "interrupted" else int(ending.failed or without)
 
 
 def show_row(row: "Row", results: "RuntimeResults") -> None:
@@ -178,6 +176,7 @@ def show_row(row: "Row", results: "RuntimeResults") -> None:
     from rich.markup import escape
 
     from glm.bench import report
+    from glm.bench.goals import speed
     from glm.cli import columns, show
 
     head, cells = report.TABLES[row["subject"]]
@@ -186,7 +185,7 @@ def show_row(row: "Row", results: "RuntimeResults") -> None:
     for name, value in zip(head, cells(row, results), strict=True):
         table.add_row(name, escape(value.replace("**", "")))
     for name, side in row.get("sides", {}).items():
-        taken = report.speed(row, name) if "tokens" in row else None
+        taken = speed(row, name) if "tokens" in row else None
         table.add_row(name, f"{taken:.1f} tokens/s" if taken is not None else escape(report.why(side)))
     for line in report.goal_lines(row, results):
         table.add_row("goal", escape(line))

@@ -99,9 +99,7 @@ def layers(rows: Sequence[Row], results: RuntimeResults, path: Path) -> Path:
         place.plot([floor, floor], [y - 0.4, y + 0.4], color="black", lw=2)
     place.set_yticks(range(len(rows)), [f"{row['label']} S={row['fields']['context']}" for row in rows], fontsize=7)
     place.invert_yaxis()
-    place.set_xlabel(
-        "µs a layer, head included; black: the floor's bytes at R; grey: other kernels; pale: between them"
-    )
+    place.set_xlabel("µs a layer, head included; black: the floor at R; grey: other kernels; pale: between kernels")
     place.xaxis.label.set_fontsize(8)
     place.set_title(f"Where a step goes on {results.device['device']}", fontsize=10)
     return written(figure, path)

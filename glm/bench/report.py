@@ -78,10 +78,10 @@ def source(results: RuntimeResults) -> str:
             f"C = {multiply:.3g} TFLOP/s, {versions}."
         )
     return (
-        "Random weights at the published shapes, integers drawn as integers; all sides on the same weights, in turn in "
-        "one process, by the clock of the host; medians, ± half of the way from the tenth to the ninetieth percentile. R "
-        "is the rate of a stream that only reads, C that of a bf16 matrix product, both measured in the run. Written by "
-        f"`{COMMAND}`.\n\n" + "\n".join(f"- {line}" for line in lines)
+        "Random weights at the published shapes, integers drawn as integers; all sides on the same weights, in turn "
+        "in one process, by the clock of the host; medians, ± half of the way from the tenth to the ninetieth "
+        "percentile. R is the rate of a stream that only reads, C that of a bf16 matrix product, both measured in the "
+        f"run. Written by `{COMMAND}`.\n\n" + "\n".join(f"- {line}" for line in lines)
     )
 
 
@@ -97,7 +97,7 @@ def goal_rows(results: RuntimeResults | None) -> list[list[str]]:
         accept = "–" if goal.accept is None else f"{goal.sign} {goal.written(goal.accept)}"
         cells = [goal.name, f"{goal.sign} {goal.written(goal.goal)}", accept]
         covered = [] if results is None else [row for row in results.rows if goal in goals_of(row, results)]
-        values = sorted(value for row in covered if (value := goal.value(row, results)) is not None)  # type: ignore[arg-type]
+        values = sorted(value for row in covered if results and (value := goal.value(row, results)) is not None)
         states = [goal.verdict(value) for value in values]
         measured = (
             " … ".join(goal.written(value) for value in dict.fromkeys((values[0], values[-1]))) if values else "not yet"
@@ -179,9 +179,8 @@ def decode_cells(row: Row, results: RuntimeResults) -> list[str]:
     against = f"{row['moved'] / row['bytes']:.3f} × {size(per_token)}" if "moved" in row else size(per_token)
     kernels = row.get("kernels", {})
     number = f"{kernels['per step']:.0f} {kernels['what']}" if "table" in kernels else f"? ({why(kernels)})"
-    return [
-        f"{speed(row):.1f}{spread(mine)}", f"{1e3 * taken:.2f} ms", f"{100 * part:.0f} % R", against, number, ratios(row)
-    ]  # fmt: skip
+    figures = [f"{speed(row):.1f}{spread(mine)}", f"{1e3 * taken:.2f} ms", f"{100 * part:.0f} % R"]
+    return [*figures, against, number, ratios(row)]
 
 
 def prefill_cells(row: Row, results: RuntimeResults) -> list[str]:

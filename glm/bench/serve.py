@@ -52,8 +52,10 @@ def served(
 
     Raises what stopped a request.
     """
-    begin, queue = now(), []
-    coming, here = sorted(all_guests, key=lambda guest: guest.due, reverse=True), []
+    begin = now()
+    coming = sorted(all_guests, key=lambda guest: guest.due, reverse=True)
+    here: list[Guest] = []
+    queue: list[int] = []
     while coming or here:
         while coming and coming[-1].due <= now() - begin:
             guest = coming.pop()

@@ -41,6 +41,8 @@ class Placed:
 class Step(nn.Module):
     """Tokens [B, 1] at place `at` [1] of the cache -> the likeliest next ones [B, 1]."""
 
+    every: Tensor
+
     def __init__(self, setting: Setting) -> None:
         super().__init__()
         model, batch = setting.model, setting.case.batch
@@ -87,7 +89,8 @@ class Step(nn.Module):
             for axis, table in enumerate(model.places.tables):
                 x = x + F.embedding(positions[..., axis], table.weight)
         mask = Mask((self.every <= at)[None, None, None], causal=False)
-        rotation, notes = self.rotation(positions), {}
+        rotation = self.rotation(positions)
+        notes: Notes = {}
         for i, block in enumerate(model.blocks):
             x = block(x, rotation, mask, Placed(self.buffers_of(i), at, notes))
         next_ones: Tensor = model.head(model.final_norm(x)).argmax(-1)
@@ -102,7 +105,7 @@ class Stock:
         self.device = setting.model.device
         self.call: Callable[..., Tensor] = self.module
         if self.device.type == "cuda":  # mode="reduce-overhead" is the first of these; gpt-fast adds the second
-            options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+            options: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
             torch._dynamo.reset()
             self.call = torch.compile(self.module, fullgraph=True, dynamic=False, options=options)
         self.chosen: list[Tensor] = []
@@ -117,7 +120,8 @@ class Stock:
         model: Any = self.module.model
         ids = torch.tensor([list(prompt)], device=self.device)
         layout = model.layout(ids)
-        rotation, mask, notes = self.module.spec.rotary.rotation(layout.positions, model.dtype), layout.mask(), {}
+        rotation, mask = self.module.spec.rotary.rotation(layout.positions, model.dtype), layout.mask()
+        notes: Notes = {}
         x = model.embed(ids, layout.positions)
         one = slice(row, row + 1)
         for i, block in enumerate(model.blocks):
@@ -189,5 +193,6 @@ class TinyLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
-        y = self.product(x.flatten(0, -2), self.weight, self.group, self.pairs).view(*x.shape[:-1], self.outputs)
+        y: Tensor = self.product(x.flatten(0, -2), self.weight, self.group, self.pairs)
+        y = y.view(*x.shape[:-1], self.outputs)
         return y if self.bias is None else y + self.bias

@@ -74,9 +74,9 @@ def in_turn(sides: Mapping[str, Side], found: Found, place: Place, seconds: Call
                 continue
             if turn >= 0:
                 samples[name].append(taken)
-    for name, taken in samples.items():
-        if taken and "failed" not in found[name]:
-            found[name] |= asdict(timing(taken, 1, "wall clock"))
+    for name, counted in samples.items():
+        if counted and "failed" not in found[name]:
+            found[name] |= asdict(timing(counted, 1, "wall clock"))
 
 
 def lasting(run: Callable[[], None], device: torch.device) -> float:

@@ -9,7 +9,6 @@ import math
 import random
 
 import torch
-from torch import Tensor
 
 from glm.bench.cases import RuntimeCase
 from glm.grouped import Grouped
