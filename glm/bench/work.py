@@ -9,6 +9,7 @@ Flops: 2 a weight and token, of the head for the last token only; and of attenti
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from glm.attention import Attention
 from glm.bench.cases import RuntimeCase
 from glm.experts import Experts
-from glm.info import active_parameters, cache_bytes_per_token, weight_bytes
+from glm.info import active_parameters, cache_bytes_per_token, tensors, weight_bytes
 from glm.layout import Blank
+from glm.linear import Dense
 from glm.runtime import Engine
 from glm.runtime.feed_forward import FusedExperts
 from glm.runtime.matrices import Matrix
@@ -83,7 +85,9 @@ def held(parts: Any, batch: int) -> Iterator[float]:
 
 def flops(spec: Spec, tokens: int) -> float:
     """Of a prompt of so many tokens, up to its first new one."""
-    matrices = active_parameters(spec) - (1 if spec.tied else 2) * spec.vocabulary * spec.width
+    dense = replace(spec, weights=Dense(), head=Dense())
+    vectors = sum(x.numel() for x in tensors(dense, torch.float32) if x.dim() == 1)  # norms and biases multiply nothing
+    matrices = active_parameters(spec) - vectors - (1 if spec.tied else 2) * spec.vocabulary * spec.width
     pairs = visible(spec, tokens)
     attention = sum(channels(block.mixer) for block in spec.blocks)
     return 2.0 * tokens * matrices + 2.0 * spec.vocabulary * spec.width + 2.0 * attention * pairs
