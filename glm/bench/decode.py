@@ -7,7 +7,7 @@ from typing import Any
 from glm.bench import sides as every
 from glm.bench.breakdown import breakdown
 from glm.bench.cases import RuntimeCase
-from glm.bench.sides import OURS, EngineSide, Maker, Setting, Side
+from glm.bench.sides import CHUNK, OURS, EngineSide, Maker, Setting, Side
 from glm.bench.truth import Truth
 from glm.bench.turns import Place, admitted, in_turn, lasting
 from glm.bench.weights import prompts, random_model
@@ -22,8 +22,9 @@ def measure(case: RuntimeCase, place: Place, makers: Mapping[str, Maker] | None 
     """The figures of a case: of every side seconds of a step; of ours bytes, kernels and their times."""
     model = random_model(case, place.device)
     rows = case.batch
-    room = case.context + WARM + max(place.steps, PROFILED) + 2 * rows + 16
-    setting = Setting(model, case, max(room, CHECKED + WRITTEN + rows + 16))
+    ahead = rows * (1 + -(-case.context // CHUNK))  # tokens that the first row writes while the others are read
+    room = case.context + WARM + max(place.steps, PROFILED) + ahead + 16
+    setting = Setting(model, case, max(room, CHECKED + WRITTEN + ahead + 16))
     truth = Truth(model, prompts(case.spec, rows, min(CHECKED, case.context), 1), WRITTEN)
     sides, found = admitted(every.makers() if makers is None else makers, setting, truth, place)
     texts = prompts(case.spec, rows, case.context, 2)

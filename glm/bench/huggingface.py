@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from glm_kernels.bench.subject import MissingError
@@ -34,8 +35,18 @@ def written_out(model: GLM) -> dict[str, Tensor]:
     return state
 
 
+KNOWN: "WeakKeyDictionary[GLM, Any]" = WeakKeyDictionary()  # both sides hold one model
+
+
 def as_transformers(model: GLM) -> Any:
     """The model as transformers has it. Raises MissingError where it is not installed, or has no such model."""
+    if model not in KNOWN:
+        KNOWN[model] = converted(model)
+    return KNOWN[model]
+
+
+def converted(model: GLM) -> Any:
+    """The same, made anew."""
     try:
         transformers: Any = import_module("transformers")
     except ImportError as error:

@@ -5,7 +5,7 @@ from typing import Any
 
 from glm.bench import sides as every
 from glm.bench.cases import RuntimeCase
-from glm.bench.decode import CHECKED, WRITTEN
+from glm.bench.decode import CHECKED
 from glm.bench.sides import Maker, Setting, Side
 from glm.bench.truth import Truth
 from glm.bench.turns import Place, admitted, in_turn, lasting
@@ -16,8 +16,8 @@ from glm.bench.work import flops, weights_read
 def measure(case: RuntimeCase, place: Place, makers: Mapping[str, Maker] | None = None) -> dict[str, Any]:
     """The figures of a case: of every side seconds of `batch` prompts, one after the other."""
     model, rows = random_model(case, place.device), case.batch
-    setting = Setting(model, case, max(case.context, CHECKED + WRITTEN) + rows + 16)
-    truth = Truth(model, prompts(case.spec, rows, min(CHECKED, case.context), 1), WRITTEN)
+    setting = Setting(model, case, max(case.context, CHECKED) + 2 * rows + 16)
+    truth = Truth(model, prompts(case.spec, rows, min(CHECKED, case.context), 1), 1)
     sides, found = admitted(every.makers() if makers is None else makers, setting, truth, place)
 
     def read(side: Side, turn: int) -> float:

@@ -19,6 +19,8 @@ OURS = "glm"
 GPT_FAST = "gpt-fast style"
 EAGER, STATIC = "transformers", "transformers static"
 
+CHUNK = 8192  # tokens of a prompt that the engine reads at once
+
 Prompts = Sequence[Sequence[int]]
 
 
@@ -71,9 +73,7 @@ class EngineSide:
 
     def __init__(self, setting: Setting) -> None:
         case = setting.case
-        self.engine = Engine(
-            setting.model, max_batch=case.batch, max_length=setting.length, chunk=max(1, min(setting.length, 8192))
-        )
+        self.engine = Engine(setting.model, max_batch=case.batch, max_length=setting.length, chunk=CHUNK)
         self.requests: list[Request] = []
 
     def logits(self, prompt: Sequence[int]) -> Tensor:

@@ -27,7 +27,7 @@ def random_model(case: RuntimeCase, device: torch.device, seed: int = 0) -> GLM:
     generator = torch.Generator(device).manual_seed(seed + 1)
     for name, x in model.state_dict().items():
         if name.endswith("weight_packed"):
-            x.random_(-(2**31), 2**31, generator=generator)
+            x.view(torch.int8).random_(-128, 128, generator=generator)
         elif name.endswith("weight_scale"):
             assert isinstance(spec.weights, Grouped)
             x.fill_(SPREAD / math.sqrt((4**spec.weights.bits - 1) / 12))
