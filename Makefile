@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 RECIPE ?= weights/tiny-glm/recipe.toml
 
-.PHONY: help demo test test-slow check train bench bench-gpu clean
+.PHONY: help demo test test-slow check book figures train bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -38,6 +38,13 @@ check: .venv/.test ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+book: .venv/.book ## the book, its chapters run and their assertions held, into build/book
+	$(BIN)/python docs/figures.py --check
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --jobs auto docs build/book
+
+figures: .venv/.book ## draw the pictures in the repository anew
+	$(BIN)/python docs/figures.py
+
 train: .venv/.test ## train tiny-glm from nothing, in about half an hour
 	$(BIN)/glm train $(RECIPE)
 
@@ -51,7 +58,7 @@ bench-gpu: .venv/.test ## measure the kernels, the engine and their peers on thi
 
 clean: ## remove .venv and everything else that was made
 	rm -rf .venv build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find glm kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find glm kernels tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment. A stamp is written when a step has ended well, so that one cut short is done again.
 
@@ -67,4 +74,9 @@ clean: ## remove .venv and everything else that was made
 .venv/.test: .venv/.run
 	@echo "Adding what the tests need"
 	@$(INSTALL) --editable ".[test,check]"
+	@touch $@
+
+.venv/.book: .venv/.run
+	@echo "Adding what the book needs"
+	@$(INSTALL) --editable ".[book]"
 	@touch $@

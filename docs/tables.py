@@ -26,7 +26,14 @@ from glm_kernels.bench.report import table  # noqa: E402
 from glm.bench import report as runtime  # noqa: E402
 
 RESULTS = ROOT / "kernels" / "results"
-DOCUMENTS = ("README.md", "kernels/README.md", "weights/README.md", "weights/tiny-glm/README.md", "docs/accuracy.md")
+DOCUMENTS = (
+    "README.md",
+    "kernels/README.md",
+    "weights/README.md",
+    "weights/tiny-glm/README.md",
+    "docs/accuracy.md",
+    "docs/design.md",
+)
 
 
 def result(name: str) -> dict[str, Any]:
@@ -132,6 +139,15 @@ def accuracy(groups: tuple[str, ...], cases: slice) -> str:
     return "\n\n".join([*parts, note])
 
 
+def tried(where: str) -> str:
+    """What was tried once, and what was found: a log, since no command can find it again."""
+    found = json.loads((ROOT / "docs" / "results" / "tried.json").read_text(encoding="utf-8"))[where]
+    lines = "\n".join(f"| {row['tried']} | {row['found']} |" for row in found["rows"])
+    place = f"{found['device']}, {found['cores']} cores; " if "device" in found else ""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return f"| tried | found |\n| --- | --- |\n{lines}\n\n{found['how']} {place}{versions}; {found['date']}."
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "cpu-speed-float32": partial(cpu_speed, "float32"),
@@ -145,6 +161,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     runtime.GOALS_BLOCK: lambda: runtime.goals_markdown(RESULTS),
     "accuracy": partial(accuracy, ("128",), slice(1, 2)),
     "accuracy-all": partial(accuracy, ("32", "64", "128", "row"), slice(None)),
+    "tried-cpu": partial(tried, "cpu"),
+    "tried-kernels": partial(tried, "kernels"),
 }
 
 

@@ -24,9 +24,9 @@ class BlockModule(nn.Module):
     def __init__(self, spec: Block, width: int, weights: Weights) -> None:
         super().__init__()
         self.wire_mixer = spec.wiring.build(spec.norm, width)
-        self.mixer = spec.mixer.build(width, weights)
+        self.mixer = spec.mixer.build(width, spec.stored("mixer", weights))
         self.wire_feed_forward = spec.wiring.build(spec.norm, width)
-        self.feed_forward = spec.feed_forward.build(width, weights)
+        self.feed_forward = spec.feed_forward.build(width, spec.stored("feed_forward", weights))
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Mask, memory: Memory) -> Tensor:
         """[B, T, D] -> [B, T, D]."""

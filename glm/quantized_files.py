@@ -48,7 +48,11 @@ class Scheme:
 
     form: Grouped
     layout: str  # a key of LAYOUTS
-    head: bool  # whether the head is quantised too
+    ignore: tuple[str, ...]  # which modules stay dense: their names, or behind "re:" how these begin
+
+    def ignores(self, module: str) -> bool:
+        """Whether the matrix of a module is stored dense. Raises ConfigError for what is no regular expression."""
+        return module in self.ignore or any(begins(word[3:], module) for word in self.ignore if word.startswith("re:"))
 
 
 # ----------------------------------------------------------------------------- config.json
@@ -75,10 +79,8 @@ def read_compressed_tensors(f: Fields, head: str) -> Scheme:
     forms = {read_weights(groups, name) for name in groups.values} if groups is not None else set()
     if len(forms) != 1:
         raise ConfigError(f"{f.source}: config_groups should give all matrices one form, not {len(forms)}")
-    ignore = f.values.get("ignore") or []
-    if not (isinstance(ignore, list) and all(isinstance(name, str) for name in ignore)):
-        f.refuse("ignore", "a list of names", ignore)
-    return Scheme(forms.pop(), "pack-quantized", head=not any(names(pattern, head) for pattern in ignore))
+    ignore = listed(f, "ignore")
+    return Scheme(forms.pop(), "pack-quantized", tuple(ignore))
 
 
 def read_weights(groups: Fields, name: str) -> Grouped:
@@ -109,21 +111,30 @@ def read_gptq(f: Fields, head: str) -> Scheme:
     nothing(f, "dynamic")
     form = Grouped(f.choice("bits", (4, 8)), read_group(f, "group_size"), f.flag("sym"))
     layout = f.choice("checkpoint_format", ("gptq", "gptq_v2"), default="gptq")
-    return Scheme(form, layout, f.flag("lm_head", default=False))
+    return Scheme(form, layout, () if f.flag("lm_head", default=False) else (head,))
 
 
 def read_awq(f: Fields, head: str) -> Scheme:
-    """The scheme of an AWQ config, whose fields have two names each."""
+    """The scheme of an AWQ config, whose fields have two names each. Dense is what has a listed word in its name."""
     f.choice("version", ("gemm", "GEMM"), default="gemm")
     bits, group = ("bits" if "bits" in f else "w_bit"), ("group_size" if "group_size" in f else "q_group_size")
     form = Grouped(f.choice(bits, (4,)), read_group(f, group), not f.flag("zero_point"))
-    return Scheme(form, "awq", head=False)
+    parts = [f"re:.*{re.escape(part)}" for part in listed(f, "modules_to_not_convert")]
+    return Scheme(form, "awq", (head, *parts))
 
 
 def read_group(f: Fields, name: str) -> int | None:
     """Columns of a group, where -1 is a whole row."""
     group = f.integer(name, -1, 1 << 20)
     return None if group == -1 else group if group >= 8 else f.refuse(name, "-1 or at least 8", group)
+
+
+def listed(f: Fields, field: str) -> list[str]:
+    """A list of names, which may be absent. Raises ConfigError for anything else."""
+    found = f.values.get(field) or []
+    if not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
+        f.refuse(field, "a list of names", found)
+    return found
 
 
 def nothing(f: Fields, *fields: str) -> None:
@@ -133,10 +144,10 @@ def nothing(f: Fields, *fields: str) -> None:
             f.refuse(name, "absent, as this package cannot do that", f.values[name])
 
 
-def names(pattern: str, module: str) -> bool:
-    """Whether a line of `ignore` means the module: its name, or a regular expression for how it begins."""
+def begins(pattern: str, module: str) -> bool:
+    """Whether a module's name begins as a regular expression says."""
     try:
-        return re.match(pattern[3:], module) is not None if pattern.startswith("re:") else pattern == module
+        return re.match(pattern, module) is not None
     except (re.error, OverflowError, RecursionError):
         raise ConfigError(f"config.json: {CONFIG}: ignore: {shown(pattern)} is no regular expression") from None
 

@@ -34,6 +34,11 @@ class Block:
     norm: Norm
     mixer: Mixer
     feed_forward: Transform
+    dense: tuple[str, ...] = ()  # of "mixer" and "feed_forward", whose matrices stay dense where others are integers
+
+    def stored(self, sublayer: str, weights: Weights) -> Weights:
+        """How the matrices of a sublayer are stored in a model of `weights`."""
+        return Dense() if sublayer in self.dense else weights
 
 
 @dataclass(frozen=True)

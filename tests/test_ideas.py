@@ -397,7 +397,7 @@ def test_leaves_are_every_field() -> None:
     assert found["prefix.length"] == 3
     assert found["rotary.scaling"] == Plain()
     assert found["stop"] == (1,)
-    blocks = 2 * (1 + 2 + 6 + 3)  # wiring, norm, mixer, feed-forward
+    blocks = 2 * (1 + 2 + 6 + 3 + 1)  # wiring, norm, mixer, feed-forward, dense
     assert len(found) == 3 + 1 + 5 + blocks + 2 + 1 + 2 + 1 + 2 + 1 + 1  # in the order of the fields of Spec
 
 

@@ -4,6 +4,7 @@ The oracles are `integer_layouts.py` and, in both directions, the compressed-ten
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -251,6 +252,84 @@ def test_transformers_computes_the_same(tmp_path: Path, form: Grouped) -> None:
     with torch.inference_mode():
         difference = other(ids).logits - GLM.from_pretrained(tmp_path / "out")(ids)
     assert float(difference.abs().max()) < FLOAT32_ABSOLUTE
+
+
+# -- mixed checkpoints -----------------------------------------------------------------------------------------------
+
+# golden, layout, what stays dense in its config's words, and in ours: (block, sublayer)
+MIXED: dict[str, tuple[str, str, list[str], set[tuple[int, str]]]] = {
+    "attention": (
+        "hf_glm4-base", "pack-quantized", ["lm_head", "re:.*self_attn.*"], {(0, "mixer"), (1, "mixer"), (2, "mixer")},
+    ),
+    "the first feed-forward, by name": (
+        "hf_glm4-base", "pack-quantized",
+        ["lm_head", "model.layers.0.mlp.gate_up_proj", "model.layers.0.mlp.down_proj"], {(0, "feed_forward")},
+    ),
+    "a block, by a part of its name": (
+        "hf_glm4-base", "awq", ["layers.1."], {(1, "mixer"), (1, "feed_forward")},
+    ),
+    "fused attention": (
+        "chatglm3-base", "pack-quantized", ["re:.*output_layer", r"re:.*layers\.1\.self_attention"], {(1, "mixer")},
+    ),
+    "the feed-forward before experts": (
+        "hf_glm4_moe-air", "pack-quantized", ["lm_head", r"re:model\.layers\.0\.mlp", "re:.*mlp.gate$"],
+        {(0, "feed_forward")},
+    ),
+}  # fmt: skip
+
+
+def mixed(path: Path, golden: str, layout: str, ignore: list[str]) -> tuple[Path, Path]:
+    """`checkpoints` where what a config ignores is dense in both."""
+    integer, dense = checkpoints(path, golden, layout, Grouped(4, 8, False))
+    config = json.loads((integer / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert" if layout == "awq" else "ignore"] = ignore
+    (integer / "config.json").write_text(json.dumps(config))
+    held, whole = load_file(integer / "model.safetensors"), load_file(dense / "model.safetensors")
+    for name in filter(is_matrix, whole):
+        stem = name.removesuffix(".weight")
+        if any(re.match(word[3:], stem) if word.startswith("re:") else word in stem for word in ignore):
+            held = {other: x for other, x in held.items() if other in whole or not other.startswith(f"{stem}.")}
+            held[name] = whole[name]
+    save_file(held, integer / "model.safetensors", {"format": "pt"})
+    return integer, dense
+
+
+@pytest.mark.parametrize("what", MIXED)
+def test_whole_sublayers_can_stay_dense(tmp_path: Path, what: str) -> None:
+    """They are read, computed with as the same numbers are, and written again by what the spec says."""
+    golden, layout, ignore, left = MIXED[what]
+    integer, dense = mixed(tmp_path, golden, layout, ignore)
+    model = GLM.from_pretrained(integer)
+    assert {(i, sublayer) for i, block in enumerate(model.spec.blocks) for sublayer in block.dense} == left
+    assert any(isinstance(module, grouped.GroupedLinear | grouped.GroupedStack) for module in model.modules())
+    for i, block in enumerate(model.blocks):
+        for sublayer in ("mixer", "feed_forward"):
+            integers = [x for x in getattr(block, sublayer).buffers() if x.dtype == torch.int32]
+            assert bool(integers) is ((i, sublayer) not in left)
+    assert same(logits(integer), logits(dense))
+    save_pretrained(model, tmp_path / "again")
+    again = GLM.from_pretrained(tmp_path / "again")
+    assert again.spec == model.spec
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
+
+
+@pytest.mark.parametrize("ignore", [["model.layers.0.mlp.down_proj"], ["re:.*[qk]_proj"]], ids=str)
+def test_a_part_of_a_sublayer_cannot_stay_dense(tmp_path: Path, ignore: list[str]) -> None:
+    integer, _ = mixed(tmp_path, "hf_glm4-base", "pack-quantized", ["lm_head", *ignore])
+    with pytest.raises(ConfigError, match=r"_proj' is to stay dense and .*_proj' is not") as refusal:
+        GLM.from_pretrained(integer)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_what_stays_dense_needs_no_groups() -> None:
+    """Groups of 64 divide no row of 48."""
+    checkpoint = Checkpoint.open(GOLDENS / "hf_glm4-base")
+    scheme = settings("pack-quantized", Grouped(4, 64, True)) | {"ignore": ["re:.*"]}
+    config = checkpoint.config | {"quantization_config": scheme}
+    spec = recognise(config).read(config, "")
+    assert {block.dense for block in spec.blocks} == {("mixer", "feed_forward")}
+    assert not any(isinstance(module, grouped.GroupedLinear) for module in GLM(spec, device="meta").blocks.modules())
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

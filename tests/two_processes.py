@@ -87,6 +87,11 @@ TOYS = {
     "chatglm2, int8": replace(V2, weights=RowScaled(8)),
     "chatglm2, int4": replace(V2, weights=RowScaled(4)),
     "chatglm2, groups": replace(even(V2), weights=Grouped(4, 8, symmetric=False)),
+    "chatglm2, groups but in attention": replace(
+        even(V2),
+        weights=Grouped(4, 8, symmetric=False),
+        blocks=tuple(replace(block, dense=("mixer",)) for block in even(V2).blocks),
+    ),
     "sandwich": sandwich(4, tied=False),
     "sandwich, tied": sandwich(2, tied=True),
     "sandwich, one key head": sandwich(1, tied=False),

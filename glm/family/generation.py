@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ import torch
 from glm import quantized_files
 from glm.checkpoint import Checkpoint, Packing, Stored
 from glm.errors import ConfigError
+from glm.fields import shown
 from glm.grouped import Grouped
-from glm.linear import Dense
+from glm.linear import Dense, RowScaled
 from glm.parts import Cut
-from glm.quantized_files import Scheme
+from glm.quantized_files import CONFIG, Scheme
 from glm.spec import Spec
 
 Config = Mapping[str, Any]
@@ -85,7 +87,37 @@ class Generation:
             return spec
         if spec.weights != Dense():
             raise ConfigError("config.json: has both quantization_config and quantization_bit; one of them is stale")
-        return replace(spec, weights=scheme.form, head=scheme.form if scheme.head and not spec.tied else Dense())
+        head = Dense() if spec.tied or scheme.ignores(self.file("head")) else scheme.form
+        spec = replace(spec, weights=scheme.form, head=head)
+        return spec if scheme.ignore in ((), (self.file("head"),)) else self.left_dense(spec, config, scheme)
+
+    def left_dense(self, spec: Spec, config: Config, scheme: Scheme) -> Spec:
+        """The spec with those sublayers dense that are ignored. Raises ConfigError for one that is in part only."""
+        blocks = list(spec.blocks)
+        for i, sublayer, modules in self.matrices(spec, config):
+            ignored = [module for module in modules if scheme.ignores(module)]
+            if ignored and ignored != modules:
+                other = next(module for module in modules if module not in ignored)
+                raise ConfigError(
+                    f"config.json: {CONFIG}: {shown(ignored[0])} is to stay dense and {shown(other)} is not, but the "
+                    "matrices of one attention or feed-forward are stored alike: quantise all of them, or none"
+                )
+            if ignored:
+                blocks[i] = replace(blocks[i], dense=(*blocks[i].dense, sublayer))
+        return replace(spec, blocks=tuple(blocks))
+
+    def matrices(self, spec: Spec, config: Config) -> Iterator[tuple[int, str, list[str]]]:
+        """(block, "mixer" or "feed_forward", what its matrices are called on disk), of those that can be integers."""
+
+        @cache
+        def scales(part: Any) -> list[str]:
+            with torch.device("meta"):
+                return [name for name in part.build(spec.width, RowScaled(8)).state_dict() if "weight_scale" in name]
+
+        for i, block in enumerate(spec.blocks):
+            for sublayer, part in (("mixer", block.mixer), ("feed_forward", block.feed_forward)):
+                own = [f"blocks.{i}.{sublayer}.{name}" for name in scales(part)]
+                yield i, sublayer, [line.name.rpartition(".")[0] for line in self.table(spec, config, own)]
 
     def write(self, spec: Spec) -> dict[str, Any]:
         """The config.json of a spec, quantised or not. Raises ConfigError where no words say how it is stored."""
@@ -95,8 +127,11 @@ class Generation:
             return self.config(spec)
         if spec.head not in (Dense(), spec.weights):
             raise ConfigError("no format has a head and other matrices in integers of two forms")
-        dense = self.config(replace(spec, weights=Dense(), head=Dense()))
-        ignore = [] if spec.head == spec.weights else [self.file("head")]
+        plain = replace(spec, weights=Dense(), head=Dense(), blocks=tuple(replace(b, dense=()) for b in spec.blocks))
+        dense, ignore = self.config(plain), [] if spec.head == spec.weights else [self.file("head")]
+        if any(block.dense for block in spec.blocks):
+            for i, sublayer, modules in self.matrices(spec, dense):
+                ignore += modules if sublayer in spec.blocks[i].dense else []
         return dense | {quantized_files.CONFIG: quantized_files.write_scheme(spec.weights, ignore)}
 
     def scheme(self, config: Config) -> Scheme | None:

@@ -8,8 +8,14 @@ from glm_kernels.activations import geglu, gelu, swiglu
 from glm_kernels.attention import attention
 from glm_kernels.decode import decode_attention, decode_latent_attention
 from glm_kernels.dense_matmul import dense_matmul, dense_matmul_experts
-from glm_kernels.int4_matmul import int4_matmul, int4_matmul_experts, int4_prepack
-from glm_kernels.int8_matmul import int8_matmul, int8_matmul_experts, int8_prepack
+from glm_kernels.int_matmul import (
+    int4_matmul,
+    int4_matmul_experts,
+    int4_prepack,
+    int8_matmul,
+    int8_matmul_experts,
+    int8_prepack,
+)
 from glm_kernels.norms import layer_norm, rms_norm
 from glm_kernels.rotary import rotary, rotary_append
 

@@ -1,4 +1,4 @@
-"""The product with a matrix of small integers, for both widths: `int4_matmul.py` and `int8_matmul.py` call it.
+"""The product with a matrix of small integers, for both widths: `int_matmul.py` calls it.
 
 The weights stand on the M side, Yᵀ = W Xᵀ: a program computes `outs` outputs for `rows` rows. So the few rows of
 decoding are the narrow side of a tensor-core instruction (8 or 16 wide), and the weights are its left operand, which
@@ -285,14 +285,17 @@ def path_of(count: int, device: Target) -> int:
     return next((rows for rows in paths if count <= rows), paths[-1])
 
 
-def shape_of_launch(rows: int, device: Target) -> Shape:
-    """For a path of `path_of`."""
+def shape_of_launch(rows: int, device: Target, normed_gate: bool = False) -> Shape:
+    """For a path of `path_of`; `normed_gate` is a norm before and SwiGLU after."""
     if rows <= 16:
         return Shape(rows, 64, False, 4, 4, MOST_SPLITS)
     stages = 3 if device.shared >= 128 * 1024 else 2
     if rows <= 64:
         return Shape(rows, 128, False, 8, stages, MOST_SPLITS // 2)
-    blackwell = isinstance(device.arch, int) and 100 <= device.arch < 120  # of 128 Triton 3.7 makes a trap
+    arch = device.arch if isinstance(device.arch, int) else 0
+    if normed_gate and arch < 90:  # two sums and x ⊙ norm in registers: a wider or deeper tile spills
+        return Shape(rows, 64, True, 8, 2, 1)
+    blackwell = 100 <= arch < 120  # of 128 Triton 3.7 makes a trap
     return Shape(rows, 128 if stages == 3 and not blackwell else 64, True, 8, stages, 1)
 
 
@@ -335,7 +338,8 @@ def launch(
     (N, inputs), outputs, device = x.shape, y.shape[1], target(x)
     experts = 0 if offsets is None else offsets.shape[0] - 1
     if shape is None:
-        shape = shape_of_launch(path_of(N if not experts else -(-N // experts), device), device)
+        path = path_of(N if not experts else -(-N // experts), device)
+        shape = shape_of_launch(path, device, norm is not None and gated)
     row_blocks = -(-N // shape.rows) + experts  # a block of each expert may be begun
     out_blocks, tiles = -(-outputs // shape.outs), words.shape[-3]
     if splits is None:
@@ -373,7 +377,7 @@ def variant(
     experts: int = 0,
 ) -> Variant:  # fmt: skip
     """The kernel as a launch on this path compiles it."""
-    shape = shape_of_launch(rows, device)
+    shape = shape_of_launch(rows, device, norm and gated)
     split = shape.splits > 1 and not experts
     given = {
         "x": True, "words": True, "scales": True, "zeros": zeros, "bias": bias, "residual": residual,
@@ -397,8 +401,7 @@ def variant(
         f"{experts} experts": experts,
     }  # fmt: skip
     label = " ".join([f"int{bits}", POINTERS[dtype][1:], f"rows {rows}", scale, *(k for k, v in more.items() if v)])
-    hot = not (norm and rows == PATHS[-1])  # with so many rows a norm of its own costs next to nothing
-    return Variant(label, packed_kernel, types, values, options(shape), {"N", "tiles_each", "splits"}, hot)
+    return Variant(label, packed_kernel, types, values, options(shape), {"N", "tiles_each", "splits"})
 
 
 def variants(device: Target) -> list[Variant]:
@@ -587,3 +590,13 @@ def check(
             raise ValueError(f"{name} must be contiguous")
     if offsets is not None and (offsets.dtype != torch.int32 or offsets.device != x.device or x.dim() != 2):
         raise ValueError("offsets are int32 [E + 1] on the device of x, which is [N, I]")
+
+
+def multiply(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    norm: Tensor | None, eps: float | None, offsets: Tensor | None, bits: int, group: int, swiglu: bool,
+) -> Tensor:  # fmt: skip
+    """`packed_matmul`, its arguments checked: raises a ValueError unless they fit together."""
+    check(x, packed, scales, zeros, bias, residual, norm, eps, offsets, bits, group, swiglu)
+    y: Tensor = packed_matmul(x, packed, scales, zeros, bias, residual, norm, eps, offsets, bits, group, swiglu)
+    return y

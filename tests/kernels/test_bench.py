@@ -30,6 +30,7 @@ from glm_kernels.bench import (
     cases,
     command,
     decode,
+    dense,
     goals,
     int4,
     ladders,
@@ -193,6 +194,11 @@ def test_elementwise_work_is_what_is_read_and_written() -> None:
         assert y.nbytes == activations.outputs(case)
         assert activations.work(case).bytes == nbytes(inputs) + y.nbytes
     product = int4.Int4Case(model="tiny", dtype="float16", matrix="down", outputs=40, inputs=256, rows=3)
+    for fused in ({"norm": True, "swiglu": True}, {"bias": True, "residual": True}):
+        case = dense.DenseCase(model="tiny", dtype="float16", matrix="down", outputs=40, inputs=64, rows=3, **fused)
+        inputs = dense.make_inputs(case, CPU, 0)
+        assert dense.cublas(case, inputs)().nbytes == dense.outputs(case)
+        assert dense.work(case).bytes == nbytes(inputs) + dense.outputs(case)
     assert int4.work(product).bytes == nbytes(int4.make_inputs(product, CPU, 0)) + int4.outputs(product)
     for append in ("", "float32", "int8"):
         turned = small_rotary(append=append)
@@ -356,6 +362,7 @@ FEW: list[tuple[Subject[Any], Case]] = [  # for the interpreter, which is slow, 
     (norms.SUBJECT, norms.NormCase(model="tiny", kind="layer", width=48, rows=5, residual=True, **HALF)),
     (rotary.SUBJECT, small_rotary(append="float16", **HALF)),
     (activations.SUBJECT, activations.ActivationCase(model="tiny", kind="swiglu", inner=24, rows=5, **HALF)),
+    (dense.SUBJECT, dense.DenseCase(model="tiny", matrix="up", outputs=40, inputs=256, rows=2, norm=True, **HALF)),
     (int4.SUBJECT, int4.Int4Case(model="tiny", matrix="down", outputs=40, inputs=256, rows=3, **HALF)),
 ]
 
@@ -376,6 +383,9 @@ def tiny_cases() -> list[tuple[Subject[Any], Case]]:
     for kind in activations.PLAIN:
         activation = activations.ActivationCase(model="tiny", kind=kind, inner=24, rows=5, **HALF)
         found.append((activations.SUBJECT, activation))
+    for rows, fused in ((1, {"norm": True, "swiglu": True}), (5, {"bias": True, "residual": True})):
+        few = dense.DenseCase(model="tiny", matrix="down", outputs=40, inputs=256, rows=rows, **HALF, **fused)
+        found.append((dense.SUBJECT, few))
     for rows in (1, 5):
         product = int4.Int4Case(model="tiny", matrix="down", outputs=40, inputs=256, rows=rows, **HALF)
         found.append((int4.SUBJECT, product))
@@ -1088,6 +1098,206 @@ def test_what_cannot_be_imported_has_a_reason() -> None:
     with pytest.raises(MissingError, match="torch has no flash_of_genius"):
         find("torch", "flash_of_genius")
     assert find("torch.nn", "functional.gelu") is torch.nn.functional.gelu
+
+
+# ----------------------------------------------------------------------------- peers of the int4 product
+
+
+def small_int4(rows: int = 5, dtype: str = "bfloat16") -> int4.Int4Case:
+    return int4.Int4Case(model="tiny", dtype=dtype, matrix="down", outputs=40, inputs=256, rows=rows)
+
+
+@directly
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_who_quantises_the_matrix_anew_finds_the_same_integers(dtype: str) -> None:
+    """From the least and the greatest of a group, or from the greatest absolute value; and the matrix is exact."""
+    case = small_int4(dtype=dtype)
+    inputs = int4.make_inputs(case, CPU, 0)
+    matrix = int4.dense(inputs, case.torch_dtype)
+    assert torch.equal(matrix.double(), int4.dense(inputs, torch.float64))
+    assert not torch.equal(matrix, int4.dense(int4.make_inputs(case, CPU, 1), case.torch_dtype))
+    groups = matrix.unflatten(-1, (-1, int4.GROUP))
+    least, greatest = groups.aminmax(dim=-1)
+    for step in ((greatest - least) / 15, groups.abs().amax(dim=-1) / 8):
+        assert torch.equal(step, inputs["scales"])
+    codes = ((groups - least[..., None]) / inputs["scales"][..., None]).round()
+    assert torch.equal(codes.flatten(-2), int4.integers(inputs["packed"]).to(matrix.dtype))
+
+
+def unpacked(words: Tensor) -> Tensor:
+    """The codes 0 to 15 of int32 words, the first in the lowest bits."""
+    return torch.stack([words >> (4 * i) & 15 for i in range(8)], dim=-1).flatten(-2)
+
+
+def grouped(codes: Tensor, scales: Tensor, zeros: float | Tensor) -> Tensor:
+    """(code - zero) s, in float32."""
+    return ((codes.float().unflatten(-1, (-1, int4.GROUP)) - zeros) * scales.float()[..., None]).flatten(-2)
+
+
+class PeerLayer(torch.nn.Module):
+    """Multiplies with a matrix that was written out."""
+
+    matrix: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.to(x.dtype).mT
+
+
+class HummingLayer(PeerLayer):
+    """humming-kernels 0.1.19: words of eight codes, the first in the lowest bits; ready after `transform`."""
+
+    def __init__(self, shape_n: int, shape_k: int, weight_config: dict[str, Any], torch_dtype: torch.dtype) -> None:
+        super().__init__()
+        assert weight_config == {"dtype": "uint4", "group_size": int4.GROUP}
+        self.register_buffer("weight", torch.empty(shape_n, shape_k // 8, dtype=torch.int32))
+        self.register_buffer("weight_scale", torch.empty(shape_n, shape_k // int4.GROUP, dtype=torch_dtype))
+
+    def load_from_tensors(self, tensors: dict[str, Tensor]) -> None:
+        assert tensors["weight"].dtype == torch.int32
+        self.load_state_dict(tensors, strict=False)
+
+    def transform(self) -> None:
+        self.matrix = grouped(unpacked(self.weight), self.weight_scale, 8)
+
+
+class GemLiteLinear(PeerLayer):
+    """gemlite 0.6: codes, a column of scales and one of zero points."""
+
+    def __init__(self, bits: int, group: int, inputs: int, outputs: int, input_dtype: str, output_dtype: str) -> None:
+        super().__init__()
+        assert (bits, group, input_dtype) == (4, int4.GROUP, output_dtype)
+        self.shape = outputs, inputs
+
+    def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: None) -> None:
+        assert codes.dtype == torch.uint8
+        assert codes.shape == self.shape
+        scales, zeros = scales.view(len(codes), -1), zeros.view(len(codes), -1)
+        self.matrix = grouped(codes, scales, zeros[..., None])
+
+
+class Quantised(torch.nn.Parameter):
+    """What torchao puts in the place of a weight: a tensor of another kind."""
+
+
+def quantize_(layer: torch.nn.Linear, config: dict[str, Any]) -> None:
+    """torchao 0.18: between the least and the greatest of a group; what does not fit is passed over in silence."""
+    assert config["group_size"] == int4.GROUP
+    assert config["int4_packing_format"] in ("plain", "tile_packed_to_4d")
+    if layer.weight.shape[0] % 8 == 0:
+        groups = layer.weight.detach().unflatten(-1, (-1, int4.GROUP))
+        least, greatest = groups.aminmax(dim=-1, keepdim=True)
+        step = (greatest - least) / 15
+        matrix = ((groups - least) / step).round() * step + least
+        layer.weight = Quantised(matrix.flatten(-2), requires_grad=False)
+
+
+NF4 = torch.linspace(-1, 1, 16) ** 3  # not the real sixteen numbers, but no integers either
+
+
+def quantize_4bit(matrix: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, tuple[Tensor, Any]]:
+    """bitsandbytes 0.50: the nearest of sixteen numbers, times the greatest of a block."""
+    assert (blocksize, quant_type) == (int4.GROUP, "nf4")
+    blocks = matrix.view(-1, blocksize)
+    most = blocks.abs().amax(dim=-1, keepdim=True)
+    return (blocks[..., None] / most[..., None] - NF4).abs().argmin(-1).to(torch.uint8), (most, matrix.shape)
+
+
+def dequantize_4bit(codes: Tensor, state: tuple[Tensor, Any]) -> Tensor:
+    most, shape = state
+    return (NF4[codes.long()] * most).view(shape)
+
+
+def matmul_4bit(x: Tensor, codes: Tensor, quant_state: tuple[Tensor, Any]) -> Tensor:
+    return x @ dequantize_4bit(codes, quant_state).to(x.dtype).mT
+
+
+STAND_INS: dict[str, dict[str, Any]] = {
+    "humming.layer": {"HummingLayer": HummingLayer},
+    "gemlite.core": {
+        "DType": type("DType", (), {"BF16": "bf16", "FP16": "fp16"}), "GemLiteLinear": GemLiteLinear,
+        "set_autotune": lambda config: None,
+    },
+    "torchao.quantization": {"Int4WeightOnlyConfig": dict, "quantize_": quantize_},
+    "bitsandbytes": {"matmul_4bit": matmul_4bit},
+    "bitsandbytes.functional": {"quantize_4bit": quantize_4bit, "dequantize_4bit": dequantize_4bit},
+}  # fmt: skip
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The peers' functions with their layouts, on the CPU; `stand_ins(module, name=value)` changes one."""
+    known = {module: dict(names) for module, names in STAND_INS.items()}
+    monkeypatch.setattr(int4, "on_gpu", lambda x, what: None)
+    monkeypatch.setattr(
+        int4, "find", lambda module, name: known[module][name] if module in known else find(module, name)
+    )
+    int4.tune_gemlite.cache_clear()
+    yield lambda module, **names: known[module].update(names)
+    int4.tune_gemlite.cache_clear()
+
+
+INT4_PEERS = "gemlite", "humming", "torchao plain", "torchao tiled", "bitsandbytes"
+
+
+@directly
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_int4_peers_are_given_the_matrix_in_their_own_layout(dtype: str, stand_ins: Any) -> None:
+    row = measure(int4.SUBJECT, small_int4(dtype=dtype), bench())
+    for name in INT4_PEERS:
+        assert row["sides"][name].get("seconds", 0) > 0, (name, row["sides"][name])
+
+
+@directly
+def test_an_int4_peer_with_another_matrix_is_found_out(stand_ins: Any) -> None:
+    """Also the one that has numbers of its own: it is held to those, not to nothing."""
+
+    class Turned(HummingLayer):
+        def transform(self) -> None:
+            self.matrix = grouped(unpacked(self.weight).flip(-1), self.weight_scale, 8)
+
+    class Shifted(GemLiteLinear):
+        def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: None) -> None:
+            super().pack(codes, scales, zeros + 1, bias)
+
+    stand_ins("humming.layer", HummingLayer=Turned)
+    stand_ins("gemlite.core", GemLiteLinear=Shifted)
+    stand_ins("bitsandbytes", matmul_4bit=lambda x, codes, quant_state: matmul_4bit(x, 15 - codes, quant_state))
+    sides = measure(int4.SUBJECT, small_int4(), bench())["sides"]
+    assert {name for name in INT4_PEERS if "refused" in sides[name]} == {"gemlite", "humming", "bitsandbytes"}
+    assert sides["torchao plain"]["seconds"] > 0
+
+
+@directly
+def test_numbers_of_its_own_are_not_the_integers() -> None:
+    """Without `expected_nf4` bitsandbytes would be refused."""
+    case = small_int4()
+    inputs = int4.make_inputs(case, CPU, 0)
+    output = matmul_4bit(inputs["x"], *quantize_4bit(int4.dense(inputs, torch.float32), int4.GROUP, "nf4"))
+    assert [part.verdict(output).ok for part in int4.expected(case, inputs)] == [False]
+
+
+@directly
+def test_int4_peers_that_cannot_have_a_reason(stand_ins: Any) -> None:
+    def raising(*_: Any, **__: Any) -> None:
+        raise RuntimeError("nvcc was not found\nand much more")
+
+    stand_ins("humming.layer", HummingLayer=raising)
+    sides = measure(int4.SUBJECT, replace(small_int4(), outputs=36), bench())["sides"]
+    assert sides["humming"] == {"failed": "RuntimeError: nvcc was not found"}
+    assert sides["torchao tiled"] == {"missing": "torchao leaves a matrix of 36×256 as it is"}
+    assert sides["bitsandbytes"]["seconds"] > 0
+
+
+@directly
+def test_the_fastest_peer_is_the_one_to_beat() -> None:
+    [goal] = [goal for goal in goals.GOALS if goal.against == "the fastest peer"]
+    row = {"sides": {OURS: figures(2.0), "slow": figures(6.0), "fast": figures(3.0), "absent": {"missing": "why"}}}
+    assert goal.value(row, results()) == 1.5
+    assert goal.verdict(1.5) == "goal"
+    del row["sides"]["fast"], row["sides"]["slow"]
+    assert goal.value(row, results()) is None
+    assert goal.covers(row_of(int4.SUBJECT, int4.LADDER))
+    assert not goal.covers(row_of(int4.SUBJECT, replace(int4.LADDER, rows=2)))
 
 
 @directly

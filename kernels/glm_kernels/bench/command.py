@@ -14,14 +14,27 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from glm_kernels.bench import activations, attention, decode, int4, ladders, machine, norms, plots, report, rotary
+from glm_kernels.bench import (
+    activations,
+    attention,
+    decode,
+    dense,
+    int4,
+    ladders,
+    machine,
+    norms,
+    plots,
+    report,
+    rotary,
+)
 from glm_kernels.bench.results import Results, Row, of_device, read_all
 from glm_kernels.bench.run import Bench, Budget, Ending, plan, run
 from glm_kernels.bench.subject import Subject
 from glm_kernels.bench.timing import GraphTimer
 
 SUBJECTS: dict[str, Subject[Any]] = {
-    module.SUBJECT.name: module.SUBJECT for module in (attention, decode, norms, rotary, activations, int4, ladders)
+    module.SUBJECT.name: module.SUBJECT
+    for module in (attention, decode, norms, rotary, activations, dense, int4, ladders)
 }
 ALL = "all"
 

@@ -78,6 +78,12 @@ def peer(name: str) -> Callable[[Row, Results], float | None]:
     return lambda row, results: seconds(row, name)
 
 
+def fastest_peer(row: Row, results: Results) -> float | None:
+    """Seconds of the fastest of the others in the same row, if there is one with a figure."""
+    others = [seconds(row, name) for name in row.get("sides", {}) if name != OURS]
+    return min((each for each in others if each is not None), default=None)
+
+
 def at_read_roof(row: Row, results: Results) -> float | None:
     """Seconds of the bytes at R."""
     return float(row["bytes"] / results.run_of(row)["roofs"]["read"])
@@ -120,6 +126,11 @@ def short_cache(row: Row) -> bool:
     return bool(row["fields"]["batch"] == 1 and row["fields"]["keys"] <= 1024)
 
 
+def one_row(row: Row) -> bool:
+    """One row of x."""
+    return bool(row["fields"]["rows"] == 1)
+
+
 def mlp_rows(*rows: int) -> Callable[[Row], bool]:
     """A matrix of a feed-forward layer, times so many rows."""
     return lambda row: row["fields"]["rows"] in rows and row["fields"]["matrix"] in ("gate and up", "up", "down")
@@ -135,9 +146,12 @@ GOALS = (
     Goal("decode", "64 MB of cache or more", large_cache, "R", at_read_roof, 0.92, 0.85),
     Goal("decode", "64 MB of cache or more", large_cache, "flashinfer", peer("flashinfer"), 1.05),
     Goal("decode", "one sequence, at most 1k", short_cache, "", None, 6.0, 8.0),
+    Goal("dense", "1 row", one_row, "R", at_read_roof, 0.92, 0.85),
+    Goal("dense", "1 row", one_row, "cuBLAS", peer("cuBLAS"), 1.00, 0.95),
     Goal("int4", "MLP, 1 row", mlp_rows(1), "R", at_read_roof, 0.90, 0.80),
     Goal("int4", "MLP, 1 row", mlp_rows(1), "cuBLAS bf16", peer("cuBLAS bf16"), 3.4),
     Goal("int4", "MLP, 1 row", mlp_rows(1), "tinygemm", peer("tinygemm"), 1.6),
+    Goal("int4", "MLP, 1 row", mlp_rows(1), "the fastest peer", fastest_peer, 1.0),
     Goal("int4", "MLP, 16 rows", mlp_rows(16), "cuBLAS bf16", peer("cuBLAS bf16"), 3.3, 2.5),
     Goal("int4", "MLP, 32 rows", mlp_rows(32), "cuBLAS bf16", peer("cuBLAS bf16"), 3.0, 2.2),
     Goal("int4", "MLP, 64 rows", mlp_rows(64), "cuBLAS bf16", peer("cuBLAS bf16"), 2.2, 1.6),

@@ -2,14 +2,20 @@
 
 Bytes: the integers, the scales and x read, y written. Flops: 2 N O I. Every side gets the matrix in its own layout,
 made before anything is timed. The roof is R until about 45 rows, C from there on.
+
+Some peers take integers, others quantise a matrix themselves. So that all compute the same, every group has a -8 and a
+7, and scales have three binary digits: then the matrix is exact in half precision, and the step between its least and
+its greatest number is the scale again. bitsandbytes has no integers but the sixteen numbers of NF4; it is held to its
+own matrix. How fast a product is does not depend on the values, only on how many bytes they take.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glm_kernels.bench.peers import OURS, find, on_gpu
@@ -65,8 +71,10 @@ def make_inputs(case: Int4Case, device: torch.device, seed: int) -> Inputs:
     x = torch.randn(case.rows, case.inputs, generator=random, device=device, dtype=dtype)
     shape = (case.outputs, case.inputs // 2)
     packed = torch.randint(0, 256, shape, generator=random, device=device, dtype=torch.uint8)
+    packed[:, :: GROUP // 2] = 0xF0
     scales = torch.rand(case.outputs, case.inputs // GROUP, generator=random, device=device)
-    return {"x": x, "packed": packed, "scales": ((0.5 + scales) * case.inputs**-0.5 / 5).to(dtype)}
+    scales = ((0.5 + scales) * case.inputs**-0.5 / 5).to(torch.float8_e5m2)
+    return {"x": x, "packed": packed, "scales": scales.to(dtype)}
 
 
 def work(case: Int4Case) -> Work:
@@ -117,11 +125,18 @@ def tinygemm(case: Int4Case, inputs: Inputs) -> Call:
     return partial(torch.ops.aten._weight_int4pack_mm, inputs["x"], weight, GROUP, pairs)
 
 
-def gemlite(case: Int4Case, inputs: Inputs) -> Call:
-    """gemlite, its tuning on "max"."""
-    on_gpu(inputs["x"], "gemlite")
-    layer, kind = find("gemlite.core", "GemLiteLinear"), find("gemlite.core", "DType").BF16
+@cache
+def tune_gemlite() -> None:
+    """Its tuning on "max", once: this loads its kernels anew, and what was tuned before is lost."""
     find("gemlite.core", "set_autotune")("max")
+
+
+def gemlite(case: Int4Case, inputs: Inputs) -> Call:
+    """gemlite, which takes codes from 0 on and their zero point."""
+    on_gpu(inputs["x"], "gemlite")
+    tune_gemlite()
+    kinds, layer = find("gemlite.core", "DType"), find("gemlite.core", "GemLiteLinear")
+    kind = kinds.BF16 if case.torch_dtype == torch.bfloat16 else kinds.FP16
     module = layer(4, GROUP, case.inputs, case.outputs, input_dtype=kind, output_dtype=kind)
     scales = inputs["scales"].reshape(-1, 1)
     codes = integers(inputs["packed"])
@@ -129,36 +144,83 @@ def gemlite(case: Int4Case, inputs: Inputs) -> Call:
     return partial(module, inputs["x"])
 
 
-def unwritten(name: str, case: Int4Case, inputs: Inputs) -> Call:
-    """A peer whose call is not written: it would have to take these integers, not quantise the matrix itself."""
-    on_gpu(inputs["x"], name)
-    find(name, "__name__")
-    raise MissingError(f"{name} is installed, but no call that takes given integers is written for it yet")
+def humming(case: Int4Case, inputs: Inputs) -> Call:
+    """humming, which stores integers as compressed-tensors does, and as we do. It compiles at the first call."""
+    on_gpu(inputs["x"], "humming")
+    layer = find("humming.layer", "HummingLayer")(
+        shape_n=case.outputs, shape_k=case.inputs, weight_config={"dtype": "uint4", "group_size": GROUP},
+        torch_dtype=case.torch_dtype,
+    ).to(inputs["x"].device)  # fmt: skip
+    layer.load_from_tensors({"weight": inputs["packed"].view(torch.int32), "weight_scale": inputs["scales"]})
+    layer.transform()
+    return partial(layer, inputs["x"])
+
+
+def torchao(case: Int4Case, inputs: Inputs, packing: str) -> Call:
+    """torchao as `quantize_` leaves a linear layer: "plain" takes mslk's kernel, "tile_packed_to_4d" tinygemm."""
+    on_gpu(inputs["x"], "torchao")
+    config = find("torchao.quantization", "Int4WeightOnlyConfig")(
+        group_size=GROUP, int4_packing_format=packing, set_inductor_config=False
+    )
+    layer = nn.Linear(case.inputs, case.outputs, bias=False, device="meta")
+    layer.weight = nn.Parameter(dense(inputs, case.torch_dtype), requires_grad=False)
+    find("torchao.quantization", "quantize_")(layer, config)
+    if type(layer.weight) is nn.Parameter:  # what does not fit is passed over in silence
+        raise MissingError(f"torchao leaves a matrix of {case.outputs}×{case.inputs} as it is")
+    return partial(F.linear, inputs["x"], layer.weight)
+
+
+def nf4(case: Int4Case, inputs: Inputs) -> tuple[Tensor, Any]:
+    """The matrix as bitsandbytes quantises it, with what it needs to read it again: NF4, a float32 scale a group."""
+    quantise = find("bitsandbytes.functional", "quantize_4bit")
+    packed, state = quantise(dense(inputs, torch.float32), blocksize=GROUP, quant_type="nf4")
+    return packed, state
+
+
+def bitsandbytes(case: Int4Case, inputs: Inputs) -> Call:
+    """bitsandbytes, which chooses between its kernel and one that writes the matrix out by the number of rows."""
+    packed, state = nf4(case, inputs)
+    return partial(find("bitsandbytes", "matmul_4bit"), inputs["x"], packed, quant_state=state)
+
+
+def expected_nf4(case: Int4Case, inputs: Inputs) -> list[Expected]:
+    """The product with the matrix of bitsandbytes."""
+    matrix: Tensor = find("bitsandbytes.functional", "dequantize_4bit")(*nf4(case, inputs))
+    return product(case, inputs["x"], lambda outputs: matrix[outputs])
 
 
 def sides(case: Int4Case) -> list[Side]:
     """Ours and the peers."""
-    others = [Side(name, partial(unwritten, name, case)) for name in ("humming", "torchao", "bitsandbytes")]
     return [
         Side(OURS, partial(ours, case)),
         Side("cuBLAS bf16", partial(in_full, case)),
         Side("tinygemm", partial(tinygemm, case)),
         Side("gemlite", partial(gemlite, case)),
-        *others,
+        Side("humming", partial(humming, case)),
+        Side("torchao plain", partial(torchao, case, packing="plain")),
+        Side("torchao tiled", partial(torchao, case, packing="tile_packed_to_4d")),
+        Side("bitsandbytes", partial(bitsandbytes, case), expected=partial(expected_nf4, case)),
     ]
 
 
 def expected(case: Int4Case, inputs: Inputs) -> list[Expected]:
-    """Some rows and some outputs of y, against float64 of the dequantised matrix."""
-    device = inputs["x"].device
-    rows, columns = sample(case.rows, 64).to(device), sample(case.outputs, 2048).to(device)
-    some = {"x": inputs["x"][rows], "packed": inputs["packed"][columns], "scales": inputs["scales"][columns]}
+    """The product with the dequantised matrix."""
+
+    def matrix(outputs: Tensor) -> Tensor:
+        return dense({name: inputs[name][outputs] for name in ("packed", "scales")}, torch.float32)
+
+    return product(case, inputs["x"], matrix)
+
+
+def product(case: Int4Case, x: Tensor, matrix: Callable[[Tensor], Tensor]) -> list[Expected]:
+    """Some rows and some outputs of x Wᵀ; `matrix` gives W in float32 at these outputs."""
+    rows, outputs = sample(case.rows, 64).to(x.device), sample(case.outputs, 2048).to(x.device)
+    x, weight = x[rows], matrix(outputs)
 
     def y(output: Tensor) -> Tensor:
-        return output[rows][:, columns]
+        return output[rows][:, outputs]
 
-    plain = F.linear(some["x"], dense(some, case.torch_dtype))
-    return [Expected("y", y, plain, F.linear(some["x"].double(), dense(some, torch.float64)))]
+    return [Expected("y", y, F.linear(x, weight.to(x.dtype)), F.linear(x.double(), weight.double()))]
 
 
 def label(case: Int4Case) -> str:

@@ -17,7 +17,7 @@ from glm_kernels.bench.subject import MissingError
 OURS = "glm_kernels"
 PACKAGES = {
     "flashinfer": "flashinfer-python", "liger_kernel": "liger-kernel", "triton": "triton", "gemlite": "gemlite",
-    "humming": "humming-kernels", "torchao": "torchao", "bitsandbytes": "bitsandbytes",
+    "humming": "humming-kernels", "torchao": "torchao", "mslk": "mslk-cuda", "bitsandbytes": "bitsandbytes",
 }  # fmt: skip
 
 

@@ -73,7 +73,11 @@ def measure(subject: Subject[Any], case: Case, bench: Bench) -> Row:
     inputs = subject.inputs(case, bench.device, 0)
     expected = subject.expected(case, inputs)
     sides = {side.name: side for side in subject.sides(case)}
-    found: dict[str, dict[str, Any]] = {name: checked(side, inputs, expected, bench) for name, side in sides.items()}
+
+    def wanted(side: Side) -> Sequence[Expected]:
+        return expected if side.expected is None else side.expected(inputs)
+
+    found: dict[str, dict[str, Any]] = {name: checked(side, inputs, wanted, bench) for name, side in sides.items()}
     count = copies(one, bench.l2, SHARE * bench.memory)
     batch = [inputs, *(subject.inputs(case, bench.device, seed) for seed in range(1, count))]
     calls: dict[str, list[Call]] = {}
@@ -87,7 +91,7 @@ def measure(subject: Subject[Any], case: Case, bench: Bench) -> Row:
     for name, timed in timings(calls, bench).items():
         if isinstance(timed, str):
             found[name] = {"failed": timed}
-        elif sides[name].steady and (wrong := faults(expected, bench.timer.outputs[name])):
+        elif sides[name].steady and (wrong := faults(wanted(sides[name]), bench.timer.outputs[name])):
             found[name] = {"refused": f"after it was timed, {wrong}"}
         else:
             found[name] |= timed | {"in cache": count * one < 2 * bench.l2}
@@ -100,13 +104,13 @@ def faults(expected: Sequence[Expected], output: Any) -> str:
     return "; ".join(str(verdict) for part in expected if not (verdict := part.verdict(output)).ok)
 
 
-def checked(side: Side, inputs: Any, expected: Sequence[Expected], bench: Bench) -> dict[str, Any]:
+def checked(side: Side, inputs: Any, wanted: Callable[[Side], Sequence[Expected]], bench: Bench) -> dict[str, Any]:
     """{"error": how far it is off} if it passed, otherwise {"missing" or "failed" or "refused": why}."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             output = side.prepare(inputs)()
-            verdicts = [part.verdict(output) for part in expected]
+            verdicts = [part.verdict(output) for part in wanted(side)]
             wrong = "; ".join(str(verdict) for verdict in verdicts if not verdict.ok)
         except MissingError as reason:
             return {"missing": str(reason)}

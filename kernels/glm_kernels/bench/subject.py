@@ -56,20 +56,6 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Side:
-    """A way to compute a case: `prepare` takes inputs and gives the call that is timed.
-
-    `prepare` raises MissingError, with the reason, where the side cannot be had. What it does is not timed: laying out,
-    planning, building a mask. `steady` says that a call gives the same every time, which one that writes over its
-    inputs does not.
-    """
-
-    name: str
-    prepare: Callable[[Inputs], Call]
-    steady: bool = True
-
-
-@dataclass(frozen=True)
 class Expected:
     """A part of what a case gives.
 
@@ -99,6 +85,22 @@ class Expected:
             worst[name] = mine / max(theirs, size * rounding, torch.finfo(torch.float64).tiny)
         rms, most = (math.inf if math.isnan(value) else value for value in worst.values())
         return Verdict(self.name, rms, most)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A way to compute a case: `prepare` takes inputs and gives the call that is timed.
+
+    `prepare` raises MissingError, with the reason, where the side cannot be had. What it does is not timed: laying out,
+    planning, building a mask. `steady` says that a call gives the same every time, which one that writes over its
+    inputs does not. `expected` is for a side that cannot hold the case's numbers, but has others in their place: what
+    its outputs ought to be with those.
+    """
+
+    name: str
+    prepare: Callable[[Inputs], Call]
+    steady: bool = True
+    expected: Callable[[Inputs], Sequence[Expected]] | None = None
 
 
 FACTOR = 2.0  # the project's rule: at most twice the error of plain torch, or of one rounding

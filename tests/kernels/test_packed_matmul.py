@@ -1,19 +1,33 @@
-"""int8_matmul: on the CPU the reference and torch's operator, in Triton's interpreter and on a GPU the kernel."""
+"""int4_matmul and int8_matmul: on the CPU the reference and torch's operator, elsewhere the kernel."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import glm_kernels
 import pytest
 import torch
-from glm_kernels import int8_matmul, int8_matmul_experts, int8_prepack, packed_matmul, packing
-from glm_kernels import int8_matmul as public
+from glm_kernels import packed_matmul, packing
 from glm_kernels.dispatch import Target
 from glm_kernels.variants import TARGETS, compile
 from harness import DEVICES, DTYPES, INTERPRETED, directly, judge, kernel, needs_triton, put_in, rerun
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from packed_cases import Case, cases, check, exact, inputs
 
-BITS = 8
+
+class Width(NamedTuple):
+    """The public functions of one width."""
+
+    matmul: Any
+    experts: Any
+    prepack: Any
+
+
+WIDTHS = {
+    4: Width(glm_kernels.int4_matmul, glm_kernels.int4_matmul_experts, glm_kernels.int4_prepack),
+    8: Width(glm_kernels.int8_matmul, glm_kernels.int8_matmul_experts, glm_kernels.int8_prepack),
+}
+widths = pytest.mark.parametrize("bits", WIDTHS, ids=lambda bits: f"int{bits}")
 CASES = (
     Case(1, 33, 256, 128, path=8),
     Case(4, 20, 384, 128, zeros=True, bias=True, path=8, splits=3),
@@ -36,37 +50,40 @@ CASES = (
 
 
 @directly
-def test_every_byte_survives_every_layout() -> None:
+@widths
+def test_every_byte_survives_every_layout(bits: int) -> None:
     """All 256 values in every place of a row, also of a row that does not fill its tile."""
     stored = torch.stack([torch.arange(256).roll(n) for n in range(256)]).to(torch.uint8)
     for width in (256, 250, 3):
         rows = stored[:, :width].contiguous()
-        integers = packing.unpack(rows, BITS)
-        assert integers.min() == -(1 << (BITS - 1))
-        assert integers.max() == (1 << (BITS - 1)) - 1
-        assert torch.equal(packing.pack(integers, BITS), rows)
-        count = width * 8 // BITS
-        words = packing.words_of(rows, BITS)
-        assert words.shape == (-(-count // (32 * 16 // BITS)), 256, 32)
-        assert torch.equal(packing.stored_of(words, BITS, count), rows)
+        integers = packing.unpack(rows, bits)
+        assert integers.min() == -(1 << (bits - 1))
+        assert integers.max() == (1 << (bits - 1)) - 1
+        assert torch.equal(packing.pack(integers, bits), rows)
+        count = width * 8 // bits
+        words = packing.words_of(rows, bits)
+        assert words.shape == (-(-count // (32 * 16 // bits)), 256, 32)
+        assert torch.equal(packing.stored_of(words, bits, count), rows)
     words32 = stored.view(torch.int32)
-    assert torch.equal(packing.words_of(words32, BITS), packing.words_of(stored, BITS))
+    assert torch.equal(packing.words_of(words32, bits), packing.words_of(stored, bits))
 
 
 @directly
-def test_prepack_is_undone() -> None:
-    case = inputs(Case(1, 34, 192, 64, zeros=True), BITS, torch.float16, "cpu")
+@widths
+def test_prepack_is_undone(bits: int) -> None:
+    case = inputs(Case(1, 34, 192, 64, zeros=True), bits, torch.float16, "cpu")
     stored = case["packed"], case["scales"], case["zeros"]
-    again = packing.unprepack(int8_prepack(*stored), BITS, 192)
+    again = packing.unprepack(WIDTHS[bits].prepack(*stored), bits, 192)
     assert all(torch.equal(a, b) for a, b in zip(stored, again, strict=True))
 
 
 @directly
-def test_official_bytes() -> None:
+@widths
+def test_official_bytes(bits: int) -> None:
     """Two's complement, for int4 the even column in the high nibble."""
     weight = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.int8)[None]
-    integers = packing.unpack(packing.from_row_scaled(weight, BITS), BITS)
-    expected = weight if BITS == 8 else torch.stack((weight >> 4, (weight << 4) >> 4), dim=-1).flatten(-2)
+    integers = packing.unpack(packing.from_row_scaled(weight, bits), bits)
+    expected = weight if bits == 8 else torch.stack((weight >> 4, (weight << 4) >> 4), dim=-1).flatten(-2)
     assert torch.equal(integers, expected)
 
 
@@ -112,17 +129,18 @@ def run_ptx(text: str, words: torch.Tensor, shift: float, scale: float, dtype: t
 @directly
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_ptx_gives_what_its_twin_gives(dtype: torch.dtype) -> None:
+@widths
+def test_ptx_gives_what_its_twin_gives(dtype: torch.dtype, bits: int) -> None:
     """For all 65536 words, each beside another one, every chunk and several zero points: exact integers."""
     low = torch.arange(1 << 16)
     words = low | low.flip(0) << 16
-    for i in range(16 // BITS):
-        codes = torch.stack((low, low.flip(0)), dim=-1) >> (BITS * i) & ((1 << BITS) - 1)
-        for zero in (0, -(1 << (BITS - 1)), 3, (1 << (BITS - 1)) - 1):
-            shift = -packed_matmul.offset(BITS, dtype == torch.bfloat16, True) - zero
-            expected = codes.double() - packed_matmul.offset(BITS, False, False) - zero
+    for i in range(16 // bits):
+        codes = torch.stack((low, low.flip(0)), dim=-1) >> (bits * i) & ((1 << bits) - 1)
+        for zero in (0, -(1 << (bits - 1)), 3, (1 << (bits - 1)) - 1):
+            shift = -packed_matmul.offset(bits, dtype == torch.bfloat16, True) - zero
+            expected = codes.double() - packed_matmul.offset(bits, False, False) - zero
             for scaled, scale in ((False, 1.0), (True, 0.0371)):
-                text = packed_matmul.ptx(BITS, i, dtype == torch.bfloat16, scaled)
+                text = packed_matmul.ptx(bits, i, dtype == torch.bfloat16, scaled)
                 wanted = (expected * torch.tensor(scale, dtype=dtype).double()).to(dtype).double()
                 assert torch.equal(run_ptx(text, words, shift, scale, dtype), wanted)
 
@@ -133,82 +151,88 @@ def test_ptx_gives_what_its_twin_gives(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forms(case: Case, dtype: torch.dtype, device: str) -> None:
+@widths
+def test_forms(case: Case, dtype: torch.dtype, device: str, bits: int) -> None:
     if INTERPRETED and dtype == torch.float32 and CASES.index(case) % 3:
         pytest.skip("a third of them in float32")
     if INTERPRETED or device == "cuda":
-        check(case, BITS, dtype, device)
-    arguments = inputs(case, BITS, dtype, device)
+        check(case, bits, dtype, device)
+    arguments = inputs(case, bits, dtype, device)
     shared: dict[str, Any] = {"group": case.group or case.I, "bias": arguments["bias"], "swiglu": case.swiglu}
     normed = {name: arguments[name] for name in ("norm", "eps")}
     stored = arguments["packed"], arguments["scales"], arguments["zeros"]
-    for layout in (stored, int8_prepack(*stored)):
+    for layout in (stored, WIDTHS[bits].prepack(*stored)):
         if case.experts:
-            y = int8_matmul_experts(arguments["x"], *layout, offsets=arguments["offsets"], **shared)
+            y = WIDTHS[bits].experts(arguments["x"], *layout, offsets=arguments["offsets"], **shared)
         else:
-            y = int8_matmul(arguments["x"], *layout, residual=arguments["residual"], **normed, **shared)
-        plain = packed_matmul.reference(**arguments, bits=BITS, swiglu=case.swiglu)
-        judge(y, plain, exact(case, BITS, arguments))
+            y = WIDTHS[bits].matmul(arguments["x"], *layout, residual=arguments["residual"], **normed, **shared)
+        plain = packed_matmul.reference(**arguments, bits=bits, swiglu=case.swiglu)
+        judge(y, plain, exact(case, bits, arguments))
         assert y.is_contiguous()
 
 
 @kernel
-def test_norm_reaches_as_far_as_float16() -> None:
+@widths
+def test_norm_reaches_as_far_as_float16(bits: int) -> None:
     """x norm is rounded before it is normalised: 65504 is the last that does not become infinite."""
     case = Case(1, 8, 32, 32, norm=True)
-    given = inputs(case, BITS, torch.float16, "cpu")
+    given = inputs(case, bits, torch.float16, "cpu")
     given["norm"].fill_(64)
     for x, fits in ((1023.5, True), (1024.0, False)):
         given["x"].fill_(x)
         stored = given["packed"], given["scales"]
-        y = public(given["x"], *stored, group=32, norm=given["norm"], eps=given["eps"])
-        plain = packed_matmul.reference(**given, bits=BITS, swiglu=False)
+        y = WIDTHS[bits].matmul(given["x"], *stored, group=32, norm=given["norm"], eps=given["eps"])
+        plain = packed_matmul.reference(**given, bits=bits, swiglu=False)
         assert plain.isfinite().all()
         if fits:
-            judge(y, plain, exact(case, BITS, given))
+            judge(y, plain, exact(case, bits, given))
         else:
             assert not y.isfinite().any()
 
 
 @kernel
-@settings(max_examples=12 if BITS == 4 else 6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(cases())
-def test_any_shape(case: Case) -> None:
-    check(case, BITS, torch.float16, "cpu")
+@settings(max_examples=18, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(cases(), st.sampled_from([4, 4, 8]))
+def test_any_shape(case: Case, bits: int) -> None:
+    check(case, bits, torch.float16, "cpu")
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rows", [1, 4, 16, 33, 64, 100] if BITS == 4 else [1, 33, 100])
-def test_real_launch_shapes(rows: int, device: str) -> None:
+@pytest.mark.parametrize(
+    ("bits", "rows"), [(4, rows) for rows in (1, 4, 16, 33, 64, 100)] + [(8, rows) for rows in (1, 33, 100)]
+)
+def test_real_launch_shapes(bits: int, rows: int, device: str) -> None:
     """As the wrapper cuts them, leading axes and strides of x kept; also with the scales in another dtype."""
     case = Case(rows, 150, 512, 128, zeros=True)
-    arguments = inputs(case, BITS, torch.float16, device)
+    arguments = inputs(case, bits, torch.float16, device)
     stored = arguments["packed"], arguments["scales"], arguments["zeros"]
     x = arguments["x"].unsqueeze(0).expand(2, -1, -1).transpose(0, 1)
-    y = int8_matmul(x, *stored, group=128)
-    truth = exact(case, BITS, arguments)
-    plain = packed_matmul.reference(**arguments, bits=BITS, swiglu=False)
+    y = WIDTHS[bits].matmul(x, *stored, group=128)
+    truth = exact(case, bits, arguments)
+    plain = packed_matmul.reference(**arguments, bits=bits, swiglu=False)
     for each in y.unbind(1):
         judge(each, plain, truth)
-    wide = int8_matmul(x, stored[0], stored[1].float(), stored[2], group=128)
+    wide = WIDTHS[bits].matmul(x, stored[0], stored[1].float(), stored[2], group=128)
     judge(wide[:, 0], plain, truth)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_opcheck(device: str) -> None:
+@widths
+def test_opcheck(device: str, bits: int) -> None:
     for case in (CASES[3], CASES[8], CASES[12]):
-        given = inputs(case, BITS, torch.float32 if device == "cpu" else torch.float16, device)
-        arguments = (*given.values(), BITS, case.group or case.I, case.swiglu)
+        given = inputs(case, bits, torch.float32 if device == "cpu" else torch.float16, device)
+        arguments = (*given.values(), bits, case.group or case.I, case.swiglu)
         torch.library.opcheck(packed_matmul.packed_matmul, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @directly
-def test_torch_compile_takes_it_whole() -> None:
-    case = inputs(CASES[1], BITS, torch.float32, "cpu")
+@widths
+def test_torch_compile_takes_it_whole(bits: int) -> None:
+    case = inputs(CASES[1], bits, torch.float32, "cpu")
     arguments = case["x"], case["packed"], case["scales"], case["zeros"]
 
     def twice(x: torch.Tensor) -> torch.Tensor:
-        return 2 * int8_matmul(x + 1, *arguments[1:], group=128, bias=case["bias"])
+        return 2 * WIDTHS[bits].matmul(x + 1, *arguments[1:], group=128, bias=case["bias"])
 
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(case["x"]), twice(case["x"]))
@@ -260,75 +284,76 @@ NORM_MUTANTS = {
     ),
     "up half not normalised": ("packed_kernel", "up *= r", "pass"),
 }  # fmt: skip
-if BITS == 8:  # the kernel is the same: what differs is tried
-    MUTANTS, NORM_MUTANTS = (
-        {name: mutant for name, mutant in mutants.items() if mutant[0] in ("numbers", "product")}
-        for mutants in (MUTANTS, NORM_MUTANTS)
-    )
+TRIED = [(4, name) for name in MUTANTS | NORM_MUTANTS]
+TRIED += [(8, name) for name, (where, *_) in (MUTANTS | NORM_MUTANTS).items() if where in ("numbers", "product")]
 FOLDED = Case(9, 20, 192, 64, True, path=8, fold=True)
 SHORT = (CASES[5]._replace(zeros=True), FOLDED, CASES[8], *CASES[1:5])  # writing outside shows before it does harm
 
 NORMED = CASES[11], CASES[14], CASES[12]
 
 
-def check_short(short: tuple[Case, ...] = SHORT) -> None:
+def check_short(bits: int, short: tuple[Case, ...] = SHORT) -> None:
     for case in short:
-        check(case, BITS, torch.float16, "cpu")
+        check(case, bits, torch.float16, "cpu")
 
 
 @kernel
-@pytest.mark.parametrize("name", [*MUTANTS, *NORM_MUTANTS])
-def test_mutant_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bits", "name"), TRIED, ids=lambda value: f"int{value}" if isinstance(value, int) else value)
+def test_mutant_is_caught(bits: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where, right, wrong = (MUTANTS | NORM_MUTANTS)[name]
     put_in(monkeypatch, tmp_path, packed_matmul, where, right, wrong)
     monkeypatch.setattr(packed_matmul, "COUNTER", {})
 
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
-        check_short(NORMED if name in NORM_MUTANTS else SHORT)
+        check_short(bits, NORMED if name in NORM_MUTANTS else SHORT)
 
 
 @kernel
-def test_short_cases_pass_without_a_mutant() -> None:
-    check_short(SHORT + NORMED)
+@widths
+def test_short_cases_pass_without_a_mutant(bits: int) -> None:
+    check_short(bits, SHORT + NORMED)
 
 
 @kernel
-def test_bfloat16_is_refused_by_the_interpreter() -> None:
-    case = inputs(CASES[0], BITS, torch.bfloat16, "cpu")
+@widths
+def test_bfloat16_is_refused_by_the_interpreter(bits: int) -> None:
+    case = inputs(CASES[0], bits, torch.bfloat16, "cpu")
     with pytest.raises(NotImplementedError, match="use float16"):
-        int8_matmul(case["x"], case["packed"], case["scales"], group=128)
+        WIDTHS[bits].matmul(case["x"], case["packed"], case["scales"], group=128)
 
 
 @directly
 @needs_triton
 def test_in_the_interpreter() -> None:
-    rerun(__file__, at_least=len(MUTANTS) + len(NORM_MUTANTS) + len(CASES))
+    rerun(__file__, at_least=len(TRIED) + 2 * len(CASES))
 
 
 # ----------------------------------------------------------------------------- around it
 
 
 @directly
-def test_torch_computes_on_the_cpu() -> None:
+@widths
+def test_torch_computes_on_the_cpu(bits: int) -> None:
     """torch's own operator is used where it fits, within the rule."""
     dtype = torch.bfloat16
-    for group in (32, 64, 128, 256, None) if BITS == 4 else (None,):
+    for group in (32, 64, 128, 256, None) if bits == 4 else (None,):
         case = Case(5, 64, 512, group)
-        arguments = inputs(case, BITS, dtype, "cpu")
+        arguments = inputs(case, bits, dtype, "cpu")
         given = arguments["x"], arguments["packed"], arguments["scales"]
-        used = packed_matmul.on_cpu(*given, None, BITS, group or 512)
+        used = packed_matmul.on_cpu(*given, None, bits, group or 512)
         assert used is not None
-        assert torch.equal(public(*given, group=group or 512), used)
-        judge(used, packed_matmul.reference(**arguments, bits=BITS, swiglu=False), exact(case, BITS, arguments))
-        arguments = inputs(normed := case._replace(norm=True), BITS, dtype, "cpu")
+        assert torch.equal(WIDTHS[bits].matmul(*given, group=group or 512), used)
+        judge(used, packed_matmul.reference(**arguments, bits=bits, swiglu=False), exact(case, bits, arguments))
+        arguments = inputs(normed := case._replace(norm=True), bits, dtype, "cpu")
         given = arguments["x"], arguments["packed"], arguments["scales"]
-        y = public(*given, group=group or 512, norm=arguments["norm"], eps=arguments["eps"])
-        judge(y, packed_matmul.reference(**arguments, bits=BITS, swiglu=False), exact(normed, BITS, arguments))
+        y = WIDTHS[bits].matmul(*given, group=group or 512, norm=arguments["norm"], eps=arguments["eps"])
+        judge(y, packed_matmul.reference(**arguments, bits=bits, swiglu=False), exact(normed, bits, arguments))
 
 
 @directly
-def test_tensors_that_do_not_fit_are_named() -> None:
-    case = inputs(Case(2, 6, 64, 32, zeros=True), BITS, torch.float32, "cpu")
+@widths
+def test_tensors_that_do_not_fit_are_named(bits: int) -> None:
+    case = inputs(Case(2, 6, 64, 32, zeros=True), bits, torch.float32, "cpu")
     good = {name: case[name] for name in ("x", "packed", "scales", "zeros")} | {"group": 32}
     for fault, change in {
         "groups of 48 do not divide": {"group": 48},
@@ -348,20 +373,21 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         "cannot be halved": {"swiglu": True, **{k: case[k][:5] for k in ("packed", "scales", "zeros")}},
     }.items():
         with pytest.raises(ValueError, match=fault):
-            int8_matmul(**(good | change))
+            WIDTHS[bits].matmul(**(good | change))
     lead = {name: case[name][None] for name in ("packed", "scales", "zeros")}
     with pytest.raises(ValueError, match="offsets are int32"):
-        int8_matmul_experts(case["x"], **lead, offsets=torch.tensor([0, 2]), group=32)
+        WIDTHS[bits].experts(case["x"], **lead, offsets=torch.tensor([0, 2]), group=32)
 
 
 @directly
 @needs_triton
 @pytest.mark.parametrize("rows", packed_matmul.PATHS)
-def test_instructions_on_hopper(rows: int) -> None:
+@widths
+def test_instructions_on_hopper(rows: int, bits: int) -> None:
     """Weights come 16 bytes at a time, are never converted, and tensor cores multiply them."""
     target = TARGETS[2]
     for dtype in (torch.bfloat16, torch.float16):
-        built = compile(packed_matmul.variant(target, BITS, dtype, rows, 16 // BITS, zeros=True), target)
+        built = compile(packed_matmul.variant(target, bits, dtype, rows, 16 // bits, zeros=True), target)
         assert built.count("LDGSTS.*128") > 0
         assert built.count("I2F") == 0
         assert built.count("HMMA" if rows == 8 else "HGMMA") >= 4
@@ -371,9 +397,10 @@ def test_instructions_on_hopper(rows: int) -> None:
 @directly
 @needs_triton
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
-def test_tensor_cores_multiply_many_rows_everywhere(target: Target) -> None:
+@widths
+def test_tensor_cores_multiply_many_rows_everywhere(target: Target, bits: int) -> None:
     """A compiler that gives up leaves a trap behind, and nothing else."""
     rows = packed_matmul.path_of(128, target)
-    built = compile(packed_matmul.variant(target, BITS, torch.bfloat16, rows, 16 // BITS), target)
+    built = compile(packed_matmul.variant(target, bits, torch.bfloat16, rows, 16 // bits), target)
     assert built.count("HMMA|HGMMA|UTC.*MMA|v_mfma") >= 4
     assert built.shared <= target.shared

@@ -1,0 +1,1 @@
+"""The book: chapters, exercises, and what draws and writes them."""

@@ -1,0 +1,500 @@
+"""The engine as its users meet it: tokens of `glm.generate` whatever comes and goes, clear refusals, nothing kept."""
+
+import gc
+import os
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_drafting import Told
+from test_generation import blank_spec, cases, choices, few, model_of, native_spec, prompt_for, sandwich_spec, steady
+from test_ideas import experts_spec
+from torch import Tensor, nn
+
+import glm
+from glm import GLM, Engine, PromptLookup, SmallerModel
+from glm.errors import CacheError, ConfigError, GenerationError, LayoutError
+from glm.layout import Blank
+from glm.linear import Linear
+from glm.runtime import Request
+
+LONG = 64
+
+
+def plain(model: GLM, prompt: list[int], count: int, **how: Any) -> list[int]:
+    """What the pure model says to a single prompt."""
+    [ids] = glm.generate(model, [prompt], max_new_tokens=count, **how)
+    return ids
+
+
+def model() -> GLM:
+    return model_of(native_spec(), 3)
+
+
+def run(engine: Engine, *requests: Request) -> None:
+    """Step until all of them are over."""
+    for _ in range(1000):
+        if not any(request.active for request in requests):
+            return
+        engine.step()
+    raise AssertionError("the engine never ends")
+
+
+# ----------------------------------------------------------------------------- the same tokens
+
+
+@steady
+@given(cases(), choices, st.integers(1, 3), st.integers(1, 5), st.integers(0, 1))
+def test_tokens_are_those_of_generate(
+    case: tuple[GLM, list[list[int]]], choice: dict[str, Any], batch: int, chunk: int, ahead: int
+) -> None:
+    """`ahead` is 1 on a GPU: the device is given a step before the one before is read."""
+    model, prompts = case
+    engine = Engine(model, max_batch=batch, max_length=LONG, chunk=chunk)
+    engine.ahead = ahead
+    new = engine.generate(prompts, max_new_tokens=9, **choice)
+    assert new == glm.generate(model, prompts, max_new_tokens=9, **choice)
+    assert list(engine.stream(prompts[0], max_new_tokens=9, **choice)) == new[0]
+    for keep in (True, False):
+        how = choice | {"stop": {new[0][-1] if new[0] else 0}, "keep_stop": keep}
+        assert engine.generate(prompts, max_new_tokens=9, **how) == glm.generate(
+            model, prompts, max_new_tokens=9, **how
+        )
+
+
+def test_stop_strings_and_nothing_asked_for() -> None:
+    pure = model()
+    engine = Engine(pure, max_batch=2, max_length=LONG)
+
+    def decode(ids: list[int]) -> str:
+        return "".join(chr(97 + id % 26) for id in ids)
+
+    [text] = glm.generate(pure, [[3, 4]], max_new_tokens=12, stop=())
+    how: dict[str, Any] = {"stop": (), "stop_text": decode(text[5:7]), "decode": decode}
+    assert engine.generate([[3, 4]], max_new_tokens=12, **how) == [plain(pure, [3, 4], 12, **how)]
+    assert list(engine.stream([3, 4], max_new_tokens=12, **how)) == plain(pure, [3, 4], 12, **how)
+    assert engine.generate([[3, 4]], max_new_tokens=0) == [[]]
+    assert engine.generate([], max_new_tokens=5) == []
+    assert list(engine.stream([3], max_new_tokens=0)) == []
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_become_integers(weights: str) -> None:
+    """What comes out is what a model says whose matrices are those integers, written out."""
+    from glm.quantization import dequantize, quantize
+    from glm.runtime.matrices import fitting, integer_form
+
+    pure = model_of(native_spec(groups=1, each=4, head_width=16), 5)
+    engine = Engine(pure, max_length=LONG, weights=weights)
+    form = integer_form(weights)
+    assert form is not None
+    twin = model_of(native_spec(groups=1, each=4, head_width=16), 5)
+    for name, module in twin.named_modules():
+        if isinstance(module, Linear) and name.startswith("blocks"):
+            own = fitting(form, module.in_features)
+            module.weight = nn.Parameter(dequantize(*quantize(module.weight.detach(), own), own))
+    ids = [3, 4, 5, 6, 7]
+    with torch.inference_mode():
+        truth, before = twin(torch.tensor([ids]))[0], pure(torch.tensor([ids]))[0]
+    assert (engine.read(ids) - truth).abs().max() < 1e-12 * truth.abs().max()
+    assert (before - truth).abs().max() > 1e-4
+    assert engine.generate([ids], max_new_tokens=9) == glm.generate(twin, [ids], max_new_tokens=9)
+
+
+def test_experts_with_a_bias_and_without_shared_ones() -> None:
+    pure = model_of(experts_spec(), 2)
+    engine = Engine(pure, max_batch=2, max_length=LONG)
+    prompts = [[3, 4, 5], [6], [7, 8]]
+    assert engine.generate(prompts, max_new_tokens=8) == glm.generate(pure, prompts, max_new_tokens=8)
+
+
+def test_tiny_glm_says_the_same_for_200_tokens() -> None:
+    folder = glm.embedded()
+    pure, tokenizer = GLM.from_pretrained(folder, dtype=torch.float32), glm.Tokenizer.from_pretrained(folder)
+    engine = Engine.from_pretrained(folder, dtype=torch.float32, device="cpu", max_batch=2, max_length=512)
+    asked = "What is blank infilling?", "什么是空白填充？"
+    prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in asked]
+    new = engine.generate(prompts, max_new_tokens=200, stop=())
+    assert [len(ids) for ids in new] == [200, 200]
+    assert new == [plain(pure, prompt, 200, stop=()) for prompt in prompts]
+
+
+# ----------------------------------------------------------------------------- many at once
+
+
+@st.composite
+def visits(draw: st.DrawFn) -> tuple[GLM, list[tuple[str, Any]]]:
+    """A model, and what happens to its engine: requests come, are given up, and steps are made."""
+    build = draw(st.sampled_from([native_spec, sandwich_spec, blank_spec]))
+    spec = build()
+    come = st.tuples(prompt_for(spec), st.integers(0, 12), choices)
+    event = st.one_of(
+        st.tuples(st.just("come"), come),
+        st.tuples(st.just("step"), st.integers(1, 4)),
+        st.tuples(st.just("cancel"), st.integers(0, 7)),
+    )
+    return model_of(spec, draw(st.integers(0, 50))), draw(st.lists(event, min_size=3, max_size=14))
+
+
+@steady
+@given(visits(), st.integers(1, 4), st.integers(1, 4), st.integers(0, 1))
+def test_requests_come_and_go(case: tuple[GLM, list[tuple[str, Any]]], batch: int, chunk: int, ahead: int) -> None:
+    """Each says what it says alone, or when it is cancelled the beginning of it; and every slot is free in the end."""
+    model, events = case
+    engine = Engine(model, max_batch=batch, max_length=32, chunk=chunk)
+    engine.ahead = ahead
+    requests: list[tuple[Request, list[int]]] = []
+    for what, how in events:
+        if what == "come":
+            prompt, count, choice = how
+            alone = glm.generate(model, [prompt], max_new_tokens=count, **choice)[0]
+            requests.append((engine.submit(prompt, max_new_tokens=count, **choice), alone))
+        elif what == "step":
+            for _ in range(how):
+                engine.step()
+        elif requests:
+            engine.cancel(requests[how % len(requests)][0])
+        assert sum(holder is not None for holder in engine.seats.holders) <= batch
+    run(engine, *(request for request, _ in requests))
+    for request, alone in requests:
+        if request.state == "cancelled":
+            assert request.ids == alone[: len(request.ids)]
+        else:
+            assert (request.state, request.ids) == ("done", alone)
+    assert engine.seats.holders == [None] * batch
+    assert not engine.rows.busy.any()
+    assert bool((engine.rows.at == engine.slots.nowhere).all())
+
+
+def test_a_long_prompt_does_not_hold_up_the_others() -> None:
+    engine = Engine(model(), max_batch=2, max_length=LONG, chunk=2)
+    first = engine.submit([3], max_new_tokens=30, stop=())
+    engine.step()
+    second = engine.submit([5] * 20, max_new_tokens=2, stop=())
+    counts = []
+    while second.state in ("waiting", "reading"):
+        engine.step()
+        counts.append(len(first.ids))
+    assert len(counts) == 10  # pieces of two tokens
+    assert all(after == before + 1 for before, after in pairwise(counts))
+
+
+def test_a_row_that_waits_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in the slots of idle rows, and behind what is filled, harms nobody."""
+    pure = model()
+    engine = Engine(pure, max_batch=4, max_length=LONG)
+    for layer in engine.slots.buffers:
+        for buffer in layer:
+            buffer.fill_(torch.nan)
+    requests = [engine.submit(prompt, max_new_tokens=9, stop=()) for prompt in ([3, 4], [5, 6, 7], [8])]
+    engine.step()
+    engine.cancel(requests[1])
+    run(engine, *requests)
+    assert requests[0].ids == plain(pure, [3, 4], 9, stop=())
+    assert requests[2].ids == plain(pure, [8], 9, stop=())
+
+
+# ----------------------------------------------------------------------------- refusals
+
+
+def test_what_is_too_long_is_refused_with_the_numbers() -> None:
+    engine = Engine(model(), max_length=12)
+    with pytest.raises(CacheError, match=r"prompt 1 has 6 tokens, and 7 new ones are asked for: the 12 of a slot"):
+        engine.generate([[3], [3] * 6], max_new_tokens=7)
+    assert not engine.waiting
+    assert len(engine.generate([[3] * 6], max_new_tokens=6, stop=())[0]) == 6
+    with pytest.raises(CacheError, match="13 tokens do not fit"):
+        engine.read([3] * 13)
+    engine.submit([3], max_new_tokens=4, stop=())
+    engine.step()
+    with pytest.raises(CacheError, match="every slot is taken"):
+        engine.read([3])
+
+
+def test_arguments_out_of_range() -> None:
+    pure = model()
+    for options in ({"max_batch": 0}, {"max_length": 0}, {"chunk": -1}, {"max_batch": 1.5}):
+        with pytest.raises(GenerationError, match="is a whole number from 1"):
+            Engine(pure, **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match='weights is "int8", "int4"'):
+        Engine(pure, weights="int3")
+    engine = Engine(pure, max_length=LONG)
+    for prompt, how in ([[], {}], [[999], {}], [[3], {"temperature": -1.0}], [[3], {"top_p": 0.0}]):
+        with pytest.raises(GenerationError):
+            engine.submit(prompt, max_new_tokens=4, **how)
+    with pytest.raises(GenerationError, match="has its chunk and its draft from the beginning"):
+        glm.generate(engine, [[3]], max_new_tokens=4, draft=PromptLookup())
+    blank = Engine(model_of(blank_spec(), 1), max_length=LONG)
+    reading = blank.spec.reading
+    assert isinstance(reading, Blank)
+    with pytest.raises(GenerationError, match="lacks the start token"):
+        blank.submit([1, 2], max_new_tokens=4)
+    with pytest.raises(LayoutError):
+        blank.submit([1, reading.sop], max_new_tokens=4)
+    assert not blank.waiting
+
+
+def test_integers_are_not_made_of_integers() -> None:
+    from texts import ALL
+
+    folder = ALL["chatglm2-int4"]
+    with pytest.raises(ConfigError, match="are integers already"):
+        Engine(GLM.from_pretrained(folder), weights="int8")
+
+
+def test_learnt_places_end() -> None:
+    from texts import ALL
+
+    pure = GLM.from_pretrained(ALL["glm10b-base"], dtype=torch.float64)
+    assert pure.spec.learned is not None
+    reading = pure.spec.reading
+    assert isinstance(reading, Blank)
+    engine = Engine(pure, max_length=4 * pure.spec.learned.length)
+    prompt = [1] * (pure.spec.learned.length - 3) + [reading.masks[0], reading.sop]
+    with pytest.raises(LayoutError, match="is none of the"):
+        engine.submit([1, 2, *prompt], max_new_tokens=4)
+
+
+# ----------------------------------------------------------------------------- what a slot remembers
+
+
+def test_a_conversation_reads_only_what_is_new() -> None:
+    pure = model()
+    engine = Engine(pure, max_batch=2, max_length=LONG)
+    text = [3, 4, 5, 6, 7, 8, 9]
+    for turn in range(3):
+        request = engine.submit(text, max_new_tokens=5, stop=())
+        run(engine, request)
+        assert request.ids == plain(pure, text, 5, stop=())
+        assert request.reused == (0 if turn == 0 else before)
+        before = len(text) + 4  # the last new token was never read
+        text = text + request.ids + [10 + turn]
+    other = engine.submit([20, 21], max_new_tokens=3, stop=())
+    run(engine, other)
+    assert other.reused == 0
+    again = engine.submit([*text[:9], 1, 2], max_new_tokens=3, stop=())
+    run(engine, again)
+    assert again.reused == 9, "the other request took the slot that was idle for longest"
+    assert again.ids == plain(pure, [*text[:9], 1, 2], 3, stop=())
+
+
+@few
+@given(st.data())
+def test_whatever_slots_remember(data: st.DataObject) -> None:
+    """Prompts of few different tokens, so that they often begin alike."""
+    pure = model()
+    engine = Engine(pure, max_batch=2, max_length=LONG, chunk=3)
+    reused = 0
+    for _ in range(8):
+        prompt = data.draw(st.lists(st.integers(3, 4), min_size=1, max_size=6))
+        request = engine.submit(prompt, max_new_tokens=3, stop=())
+        run(engine, request)
+        assert request.ids == plain(pure, prompt, 3, stop=())
+        reused += request.reused
+    assert reused > 0 or data is not None
+
+
+def test_what_is_read_both_ways_is_read_anew() -> None:
+    pure = model_of(blank_spec(), 4)
+    reading = pure.spec.reading
+    assert isinstance(reading, Blank)
+    engine = Engine(pure, max_length=LONG)
+    for text in ([1, 2, 3], [1, 2, 3, 4]):
+        prompt = [*text, reading.masks[0], reading.sop]
+        request = engine.submit(prompt, max_new_tokens=5, stop=())
+        run(engine, request)
+        assert (request.reused, request.ids) == (0, plain(pure, prompt, 5, stop=()))
+
+
+# ----------------------------------------------------------------------------- guesses
+
+
+@few
+@given(cases(), choices, st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
+def test_every_drafter_gives_the_plain_tokens(
+    case: tuple[GLM, list[list[int]]], choice: dict[str, Any], guesses: int, wrong: int, batch: int
+) -> None:
+    model, prompts = case
+    texts = glm.generate(model, prompts, max_new_tokens=9, **choice)
+    small = model_of(replace(model.spec, blocks=model.spec.blocks[:1]), 9)
+    for draft in (PromptLookup(guesses), SmallerModel(model, guesses), SmallerModel(small, guesses)):
+        engine = Engine(model, max_batch=batch, max_length=LONG, draft=draft)
+        assert engine.generate(prompts, max_new_tokens=9, **choice) == texts
+        assert 0 <= draft.tally.right <= draft.tally.guessed
+    alone = Told(texts[:1], guesses, wrong)
+    assert Engine(model, max_length=LONG, draft=alone).generate(prompts[:1], max_new_tokens=9, **choice) == texts[:1]
+
+
+def test_right_guesses_save_steps() -> None:
+    pure = model()
+    draft = SmallerModel(pure, 3)  # who is always right
+    engine = Engine(pure, max_batch=2, max_length=LONG, draft=draft)
+    prompts = [[3, 4, 5], [6]]
+    assert engine.generate(prompts, max_new_tokens=13, stop=()) == glm.generate(
+        pure, prompts, max_new_tokens=13, stop=()
+    )
+    assert draft.tally.right == draft.tally.guessed == 2 * 9
+    assert draft.tally.passes <= 4  # the second prompt is read a step later
+    assert glm.generate(pure, prompts, max_new_tokens=13, stop=(), draft=SmallerModel(pure, 3)) == glm.generate(
+        pure, prompts, max_new_tokens=13, stop=()
+    )
+
+
+def test_rows_keep_as_many_guesses_as_are_right_in_each() -> None:
+    """Not as many as are right in all of them, as `glm.generate` does."""
+    pure = model()
+    pure.head.weight.data.zero_()  # every answer is 0, 0, 0 …
+    draft = PromptLookup(4)
+    engine = Engine(pure, max_batch=2, max_length=LONG, draft=draft)
+    assert engine.generate([[3, 0, 0], [3, 4, 5]], max_new_tokens=11, stop=()) == [[0] * 11] * 2
+    assert draft.tally.passes <= 4
+
+
+def test_a_smaller_model_of_other_ids_is_refused() -> None:
+    engine = Engine(model(), max_length=LONG, draft=SmallerModel(model_of(native_spec(vocabulary=31), 1)))
+    request = engine.submit([3, 4], max_new_tokens=4)
+    run(engine, request)
+    assert request.state == "failed"
+    assert isinstance(request.error, GenerationError)
+    assert "31 ids and this one 30" in str(request.error)
+    with pytest.raises(GenerationError):
+        SmallerModel(model(), 0)
+
+
+# ----------------------------------------------------------------------------- when things go wrong
+
+
+def spoilt(where: str) -> GLM:
+    """A model with a number that is not finite in one of its tensors."""
+    pure = model()
+    pure.get_parameter(where).data.view(-1)[0] = torch.nan
+    return pure
+
+
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ("blocks.1.mixer.out.weight", "the attention of block 1"),
+        ("blocks.0.feed_forward.down.weight", "the feed-forward of block 0"),
+        ("blocks.1.wire_mixer.before.weight", "the attention of block 1"),
+        ("final_norm.weight", "the final norm or the head"),
+        ("head.weight", "the final norm or the head"),
+    ],
+)
+def test_nan_names_the_first_layer(where: str, named: str) -> None:
+    engine = Engine(spoilt(where), max_length=LONG)
+    with pytest.raises(GenerationError, match=f"prompt 0: the logits of new token 1 are not finite.*{named}"):
+        engine.generate([[3, 4]], max_new_tokens=5)
+    with pytest.raises(GenerationError, match=named):
+        list(engine.stream([3, 4], max_new_tokens=5))
+    assert engine.seats.holders == [None]
+
+
+def test_nan_of_one_request_leaves_the_others_alone() -> None:
+    """Id 29 has an embedding that is not finite; it is read in the middle of an answer."""
+    pure = model()
+    engine = Engine(pure, max_batch=2, max_length=LONG)
+    engine.composed.embedding = engine.composed.embedding.clone()
+    engine.composed.embedding[29] = torch.inf
+    good, bad = (engine.submit(prompt, max_new_tokens=9, stop=()) for prompt in ([3, 4], [29, 3]))
+    run(engine, good, bad)
+    assert (good.state, good.ids) == ("done", plain(pure, [3, 4], 9, stop=()))
+    assert bad.state == "failed"
+    assert "the embedding" in str(bad.error)
+    after = engine.submit([5, 6], max_new_tokens=9, stop=())
+    run(engine, after)
+    assert after.ids == plain(pure, [5, 6], 9, stop=())
+    assert all(buffer.isfinite().all() for layer in engine.slots.buffers for buffer in layer)
+
+
+def test_nan_while_writing_names_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    pure = model()
+    engine = Engine(pure, max_length=LONG)
+    request = engine.submit([3, 4], max_new_tokens=9, stop=())
+    for _ in range(3):
+        engine.step()
+    given = list(request.ids)
+    engine.composed.blocks[1].mixer.out.operands[0].data[0] = torch.nan  # type: ignore[union-attr]
+    run(engine, request)
+    assert request.ids == given
+    assert f"new token {len(given) + 1} are not finite" in str(request.error)
+    assert "the attention of block 1" in str(request.error)
+
+
+def test_a_failing_prompt_frees_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    pure = model()
+    engine = Engine(pure, max_batch=1, max_length=LONG)
+    whole = engine.composed.steps
+
+    def no_memory(tokens: Tensor, *rest: Any) -> Any:
+        if tokens.shape[1] == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(tokens, *rest)
+
+    monkeypatch.setattr(engine.composed, "steps", no_memory)
+    bad, good = engine.submit([3] * 7, max_new_tokens=4), engine.submit([3, 4], max_new_tokens=4, stop=())
+    run(engine, bad, good)
+    assert isinstance(bad.error, torch.OutOfMemoryError)
+    assert (bad.state, good.state, good.ids) == ("failed", "done", plain(pure, [3, 4], 4, stop=()))
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.generate([[3] * 7], max_new_tokens=4)
+
+
+def test_a_stream_that_is_dropped_frees_its_slot() -> None:
+    engine = Engine(model(), max_length=LONG)
+    for _ in range(3):
+        tokens = engine.stream([3, 4], max_new_tokens=30, stop=())
+        next(tokens)
+        assert engine.seats.holders != [None]
+        tokens.close()
+        assert engine.seats.holders == [None]
+    request = engine.submit([3], max_new_tokens=30, stop=())
+    engine.cancel(request)
+    assert (request.state, len(engine.waiting)) == ("cancelled", 0)
+    engine.cancel(request)
+
+
+def test_the_model_is_let_go() -> None:
+    pure = model()
+    engine = Engine(pure, max_length=LONG, release=True)
+    assert all(isinstance(block, nn.Identity) for block in pure.blocks)
+    assert engine.generate([[3, 4]], max_new_tokens=9) == glm.generate(model(), [[3, 4]], max_new_tokens=9)
+
+
+# ----------------------------------------------------------------------------- memory
+
+
+def generations(engine: Engine, count: int) -> int:
+    """Bytes that so many generations, some of them given up, leave behind."""
+    process = psutil.Process(os.getpid())
+    prompts = [[3 + i % 5, 4, 5 + i % 3] for i in range(15)]
+
+    def some(number: int) -> None:
+        for start in range(0, number, 10):
+            requests = [engine.submit(prompts[i % 15], max_new_tokens=2, stop=()) for i in range(start, start + 10)]
+            engine.step()
+            engine.cancel(requests[start // 10 % 10])
+            run(engine, *requests)
+
+    some(500)
+    gc.collect()
+    before = process.memory_info().rss
+    objects = len(gc.get_objects())
+    some(count)
+    gc.collect()
+    assert len(gc.get_objects()) < objects + 500
+    return process.memory_info().rss - before
+
+
+def test_a_thousand_generations_leave_nothing() -> None:
+    assert generations(Engine(model_of(native_spec(layers=1), 1), max_batch=8, max_length=16), 1000) < 4 << 20
+
+
+@pytest.mark.slow
+def test_ten_thousand_generations_leave_nothing() -> None:
+    assert generations(Engine(model_of(native_spec(layers=1), 1), max_batch=8, max_length=16), 10_000) < 4 << 20
