@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +152,16 @@ def test_bad_input_is_one_line(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill", "memory", "start", "serve", "all"])
+def test_help_has_an_example_that_can_be_read(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", name, "--help"]) == 0
+    before, example = capsys.readouterr().out.split("Example:")
+    assert all(len(line) <= 80 for line in before.splitlines())
+    words = example.split()
+    assert words[:3] == ["glm", "bench", name]
+    assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", before))
 
 
 # ----------------------------------------------------------------------------- what is counted

@@ -31,7 +31,7 @@ from glm.tokenizer import Tokenizer
 PROJECT = Path(__file__).parents[1]
 COMMANDS = [
     *("chat", "complete", "infill", "info", "releases", "diff", "tokenize", "verify"),
-    *("convert", "quantize", "accuracy", "synthesize", "train"),
+    *("convert", "quantize", "accuracy", "synthesize", "train", "bench"),
 ]
 TINY = PROJECT / "weights" / "tiny-glm"
 SPECIAL = ("<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="bench", help="Measure the engine beside other implementations, on random weights at a release's shape.",
-    rich_markup_mode=None, no_args_is_help=True,
+    epilog="Example: glm bench decode glm-4-9b", rich_markup_mode=None,
 )  # fmt: skip
 
 Release = Annotated[str, typer.Argument(metavar="RELEASE", help="A name from `glm releases`, or a folder.")]

@@ -54,6 +54,9 @@ def contexts(sweeps: dict[str, list[Row]], results: RuntimeResults, path: Path) 
         most = [(row["fields"]["context"], roof(row, results)) for row in rows]
         (handles["all that memory allows"],) = place.plot(*zip(*most, strict=True), ":", color="black", lw=1)
         place.set_xscale("log", base=2)
+        sizes = sorted({row["fields"]["context"] for row in rows})
+        place.set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 else str(size) for size in sizes], fontsize=8)
+        place.minorticks_off()
         place.set_ylim(bottom=0)
         place.set_title(label, fontsize=9)
         place.set_xlabel("context", fontsize=8)
@@ -93,7 +96,7 @@ def layers(rows: Sequence[Row], results: RuntimeResults, path: Path) -> Path:
             width = 1e6 * value / count
             place.barh(y, width, left=left, color=colour, edgecolor="white", height=0.6)
             if width > 0 and name not in ("other kernels", "between kernels"):
-                place.annotate(name[:18], (left + width / 2, y - 0.36), fontsize=4, ha="center", va="bottom")
+                place.annotate(name[:20], (left + width / 2, y - 0.34), fontsize=5, ha="center", va="bottom")
             left += width
         floor = 1e6 * row["bytes"] / results.run_of(row)["roofs"]["read"] / count
         place.plot([floor, floor], [y - 0.4, y + 0.4], color="black", lw=2)
