@@ -17,13 +17,14 @@ from glm.bench import command, decode, plots, prefill, report, serve, work
 from glm.bench.cases import RuntimeCase, all_cases, case
 from glm.bench.goals import GOALS, goals_of
 from glm.bench.huggingface import Eager
+from glm.bench.prompts import prompts
 from glm.bench.results import RuntimeResults, of_device, read, read_all
 from glm.bench.run import cpu_roofs, measured, run
 from glm.bench.sides import EAGER, GPT_FAST, OURS, STATIC, EngineSide, Setting, Side, makers
 from glm.bench.stock import Stock, TinyLinear
 from glm.bench.truth import Truth, exact
 from glm.bench.turns import Place
-from glm.bench.weights import prompts, random_model
+from glm.bench.weights import random_model
 from glm.cli import main
 from glm.errors import GLMError
 from glm.export import save_pretrained

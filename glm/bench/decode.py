@@ -1,4 +1,8 @@
-"""Decoding: seconds of a step, bytes against the floor, and where the time goes."""
+"""Decoding: seconds of a step, bytes against the floor, and where the time goes.
+
+Every turn begins with `context` tokens in each row. The engine reads prompts one by one while the rows before them
+write already, so that with many rows its own are up to as many tokens longer than is counted.
+"""
 
 from collections.abc import Mapping
 from functools import partial
@@ -7,10 +11,11 @@ from typing import Any
 from glm.bench import sides as every
 from glm.bench.breakdown import breakdown
 from glm.bench.cases import RuntimeCase
+from glm.bench.prompts import prompts
 from glm.bench.sides import CHUNK, OURS, EngineSide, Maker, Setting, Side
 from glm.bench.truth import Truth
 from glm.bench.turns import Place, admitted, in_turn, lasting
-from glm.bench.weights import prompts, random_model
+from glm.bench.weights import random_model
 from glm.bench.work import floor, moved
 
 WARM = 4  # steps of a round before those that are timed

@@ -27,7 +27,8 @@ def inside(case: dict[str, Any], device: str, **_: Any) -> dict[str, Any]:
     """In the process that is measured."""
     import torch
 
-    from glm.bench.weights import prompts, random_model
+    from glm.bench.prompts import prompts
+    from glm.bench.weights import random_model
     from glm.info import cache_bytes_per_token, weight_bytes
     from glm.runtime import Engine
 

@@ -6,10 +6,11 @@ from typing import Any
 from glm.bench import sides as every
 from glm.bench.cases import RuntimeCase
 from glm.bench.decode import CHECKED
+from glm.bench.prompts import prompts
 from glm.bench.sides import Maker, Setting, Side
 from glm.bench.truth import Truth
 from glm.bench.turns import Place, admitted, in_turn, lasting
-from glm.bench.weights import prompts, random_model
+from glm.bench.weights import random_model
 from glm.bench.work import flops, weights_read
 
 

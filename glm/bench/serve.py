@@ -13,10 +13,11 @@ from typing import Any
 
 from glm.bench.cases import RuntimeCase
 from glm.bench.decode import CHECKED, WRITTEN
+from glm.bench.prompts import prompts
 from glm.bench.sides import OURS, EngineSide, Maker, Setting, wait
 from glm.bench.truth import Truth
 from glm.bench.turns import Place, admitted
-from glm.bench.weights import prompts, random_model
+from glm.bench.weights import random_model
 from glm.runtime import Engine, Request
 
 SHORT = 16

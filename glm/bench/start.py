@@ -76,8 +76,7 @@ def inside(
 
     import torch
 
-    from glm.bench.weights import prompts
-    from glm.pretrained import load
+    from glm.bench.prompts import prompts
     from glm.runtime import Engine
 
     where = torch.device(device)
@@ -87,12 +86,20 @@ def inside(
             torch.cuda.synchronize(where)
         return time.time()
 
+    class Timed(Engine):
+        """Knows when its model was loaded."""
+
+        def __init__(self, *model: Any, **options: Any) -> None:
+            self.loaded = moment()
+            super().__init__(*model, **options)
+
     imported = moment()
-    model = load(folder, device=where, dtype=getattr(torch, dtype))
-    loaded = moment()
-    engine = Engine(model, max_batch=1, max_length=context + 1, release=True)
-    composed = moment()
-    [new] = engine.generate(prompts(model.spec, 1, context, 4), max_new_tokens=1, stop=())
+    engine = Timed.from_pretrained(
+        folder, dtype=getattr(torch, dtype), device=where, max_batch=1, max_length=context + 1
+    )
+    assert isinstance(engine, Timed)
+    loaded, composed = engine.loaded, moment()
+    [new] = engine.generate(prompts(engine.spec, 1, context, 4), max_new_tokens=1, stop=())
     first = moment()
     assert len(new) == 1
     times = begun, began, imported, loaded, composed, first

@@ -1,4 +1,4 @@
-"""Random weights at a published shape, and random prompts.
+"""Random weights at a published shape.
 
 Matrices are N(0, 0.02²), biases too, and the weights of norms are near 1, none of them equal, so that a side which
 leaves one out shows. Integers are drawn as integers, uniformly and right in their packed layout, with scales that give
@@ -6,15 +6,12 @@ the same spread: nothing is quantised, which for the largest models would take h
 """
 
 import math
-import random
 
 import torch
 
 from glm.bench.cases import RuntimeCase
 from glm.grouped import Grouped
-from glm.layout import Blank
 from glm.model import GLM
-from glm.spec import Spec
 from glm.synthesize import SPREAD
 
 NORMS = 0.1  # spread of the weights of norms
@@ -35,15 +32,3 @@ def random_model(case: RuntimeCase, device: torch.device, seed: int = 0) -> GLM:
             middle, spread = (0.0, SPREAD) if name.endswith("bias") else (1.0, NORMS)
             x.normal_(middle, spread, generator=generator)
     return model
-
-
-def prompts(spec: Spec, rows: int, tokens: int, seed: int) -> list[list[int]]:
-    """Random prompts of so many tokens; for a model that fills blanks the last two are a blank and the start."""
-    dice = random.Random(seed)
-    reading = spec.reading
-    if not isinstance(reading, Blank):
-        return [[dice.randrange(spec.vocabulary) for _ in range(tokens)] for _ in range(rows)]
-    special = {reading.sop, *reading.masks}
-    plain = [id for id in range(min(spec.vocabulary, 4096)) if id not in special]
-    end = [reading.masks[0], reading.sop][-tokens:]
-    return [[*dice.choices(plain, k=tokens - len(end)), *end] for _ in range(rows)]
