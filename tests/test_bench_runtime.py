@@ -117,7 +117,9 @@ def test_every_subject_from_the_command_line(toy: str, tmp_path: Path, capsys: p
 
 
 def test_start_is_split_and_reads_the_folder(toy: str) -> None:
-    row = measured(case("start", toy, "fp32", CPU, context=8), Place(CPU, rounds=1))
+    made = case("start", toy, "stored", CPU, context=8)
+    assert made.spec == SPEC
+    row = measured(made, Place(CPU, rounds=1))
     ours = row["sides"][OURS]
     assert list(ours["parts"]) == ["python", "import", "load", "compose", "first"]
     assert all(value > 0 for value in ours["parts"].values())
@@ -142,6 +144,8 @@ def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
         (["decode", "TOY", "--context", "many"], "'many' is no number"),
         (["decode", "TOY", "--context", "0"], "whole numbers from 1"),
         (["decode", "TOY", "--layers", "4"], "has 3 layers"),
+        (["decode", "TOY", "--weights", "stored"], "only the start of a folder"),
+        (["start", "TOY", "--layers", "1"], "only the start of a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -647,6 +651,19 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     assert stacked["between kernels"] == pytest.approx(1e-3)
     assert plots.roof(results.rows[1], results) == pytest.approx(4e12 / 1.76e10)
     assert plots.draw(on_a_gpu(), tmp_path) == []
+
+
+def test_all_measures_the_set_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[list[RuntimeCase], Place]] = []
+    monkeypatch.setattr("glm.cli.placed", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(command, "measure", lambda cases, place, out, **_: asked.append((cases, place)) or 0)
+    assert main(["bench", "all", "--out", str(tmp_path)]) == 0
+    assert main(["bench", "all", "--quick", "--out", str(tmp_path)]) == 0
+    (everything, place), (few, quicker) = asked
+    assert everything == all_cases(torch.device("cuda"))
+    assert few == [each for each in everything if each.importance == 0]
+    assert 0 < len(few) < len(everything)
+    assert quicker.rounds < place.rounds
 
 
 def test_the_set_is_the_issues() -> None:

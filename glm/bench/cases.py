@@ -16,6 +16,7 @@ from glm.spec import Spec
 
 WEIGHTS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "", "int4": ""}
 """How matrices are stored; what it says of the dtype of everything else, if anything."""
+STORED = "stored"  # as a folder has them, whose start is timed
 SUBJECTS = "decode", "prefill", "memory", "start", "serve"
 GROUPS = 128, 64, 32, None  # of integers; the first that divides every row is taken
 
@@ -27,7 +28,7 @@ class RuntimeCase(Case):
     model    a name from `glm releases`, or a folder whose config.json says the shape
     dtype    of the stream, the cache, embedding and head
     what     one of SUBJECTS
-    weights  one of WEIGHTS
+    weights  one of WEIGHTS, or STORED
     batch    rows side by side, for "serve" at most
     context  tokens before those that are timed, or read
     layers   None is all; fewer are another, smaller model
@@ -61,9 +62,11 @@ def case(what: str, model: str, weights: str, device: torch.device, **sizes: obj
 
     Raises GLMError for a model or weights that there are not, or sizes out of range.
     """
-    if weights not in WEIGHTS:
+    if weights not in (*WEIGHTS, STORED):
         raise GLMError(f"weights are {', '.join(WEIGHTS)}, not {weights!r}")
-    dtype = WEIGHTS[weights] or ("float32" if device.type == "cpu" else "bfloat16")
+    if weights == STORED and (what != "start" or sizes.get("layers") is not None):
+        raise GLMError("only the start of a folder is measured with its own weights, and then with all of its layers")
+    dtype = WEIGHTS.get(weights) or ("float32" if device.type == "cpu" else "bfloat16")
     made = RuntimeCase(model=model, dtype=dtype, what=what, weights=weights, **sizes)  # type: ignore[arg-type]
     if min(made.batch, made.context) < 1 or made.rate < 0:
         raise GLMError(f"batch and context are whole numbers from 1, not {made.batch} and {made.context}")
@@ -78,6 +81,8 @@ def shape(model: str, weights: str, layers: int | None) -> Spec:
     spec = named(model).spec
     if layers is not None and not 1 <= layers <= len(spec.blocks):
         raise GLMError(f"{model} has {len(spec.blocks)} layers, of which {layers} cannot be measured")
+    if weights == STORED:
+        return spec
     spec = replace(spec, blocks=spec.blocks[:layers], weights=Dense(), head=Dense())
     return spec if WEIGHTS[weights] else replace(spec, weights=fitting(spec, int(weights.removeprefix("int"))))
 

@@ -67,6 +67,7 @@ def start(
 
     A folder is read as it is; of a release one is written with random weights.
     """
+    weights = weights or ("stored" if Path(release).is_dir() else None)
     return one("start", release, weights, "1", context, layers, rounds, device, out)
 
 
@@ -186,7 +187,9 @@ def show_row(row: "Row", results: "RuntimeResults") -> None:
         table.add_row(name, escape(value.replace("**", "")))
     for name, side in row.get("sides", {}).items():
         taken = speed(row, name) if "tokens" in row else None
-        table.add_row(name, f"{taken:.1f} tokens/s" if taken is not None else escape(report.why(side)))
+        said = report.why(side) if taken is None else f"{taken:.1f} tokens/s"
+        if said != "–":
+            table.add_row(name, escape(said))
     for line in report.goal_lines(row, results):
         table.add_row("goal", escape(line))
     show(table)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from glm.bench.cases import RuntimeCase
+from glm.bench.cases import STORED, RuntimeCase
 from glm.bench.child import ask
 from glm.bench.sides import OURS
 from glm.bench.turns import Place
@@ -23,11 +23,10 @@ from glm.bench.turns import Place
 PARTS = "python", "import", "load", "compose", "first"
 
 
-def measure(case: RuntimeCase, place: Place, folder: Path | None = None) -> dict[str, Any]:
+def measure(case: RuntimeCase, place: Place) -> dict[str, Any]:
     """The figures of a case: seconds, those of the median run with its parts."""
     with tempfile.TemporaryDirectory(prefix="glm-bench-") as temporary:
-        if folder is None:
-            folder = Path(case.model) if Path(case.model).is_dir() else synthesized(case, Path(temporary) / "files")
+        folder = Path(case.model) if case.weights == STORED else synthesized(case, Path(temporary) / "files")
         arguments = {"folder": str(folder), "context": case.context, "device": str(place.device), "dtype": case.dtype}
         found: dict[str, Any] = {}
         if place.device.type == "cuda":
