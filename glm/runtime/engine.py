@@ -91,7 +91,7 @@ class Engine:
         self.ahead = int(self.device.type == "cuda" and draft is None)  # steps given to the device before one is read
         self.model = model if draft is not None else None  # what a drafter is told it guesses for
         spare = self.guesses + self.ahead + 1
-        with torch.inference_mode():
+        with torch.no_grad():
             self.composed = Composed(model, length + spare, integer_form(weights), release=release)
             self.slots = Slots(
                 [block.mixer.remembers for block in self.spec.blocks], max_batch, length, spare,

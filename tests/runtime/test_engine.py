@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_drafting import Told
 from test_generation import blank_spec, cases, choices, few, model_of, native_spec, prompt_for, sandwich_spec, steady
-from test_ideas import experts_spec
 from torch import Tensor, nn
+from two_processes import TOYS, even, made
+from two_processes import prompts as toy_prompts
 
 import glm
 from glm import GLM, Engine, PromptLookup, SmallerModel
@@ -89,11 +90,11 @@ def test_weights_become_integers(weights: str) -> None:
     from glm.quantization import dequantize, quantize
     from glm.runtime.matrices import fitting, integer_form
 
-    pure = model_of(native_spec(groups=1, each=4, head_width=16), 5)
+    pure = model_of(even(native_spec()), 5)
     engine = Engine(pure, max_length=LONG, weights=weights)
     form = integer_form(weights)
     assert form is not None
-    twin = model_of(native_spec(groups=1, each=4, head_width=16), 5)
+    twin = model_of(even(native_spec()), 5)
     for name, module in twin.named_modules():
         if isinstance(module, Linear) and name.startswith("blocks"):
             own = fitting(form, module.in_features)
@@ -106,11 +107,18 @@ def test_weights_become_integers(weights: str) -> None:
     assert engine.generate([ids], max_new_tokens=9) == glm.generate(twin, [ids], max_new_tokens=9)
 
 
-def test_experts_with_a_bias_and_without_shared_ones() -> None:
-    pure = model_of(experts_spec(), 2)
-    engine = Engine(pure, max_batch=2, max_length=LONG)
-    prompts = [[3, 4, 5], [6], [7, 8]]
-    assert engine.generate(prompts, max_new_tokens=8) == glm.generate(pure, prompts, max_new_tokens=8)
+@pytest.mark.parametrize("name", TOYS)
+def test_every_kind_of_layer(name: str) -> None:
+    pure = made(TOYS[name])
+    prompts = toy_prompts(pure.spec)
+    engine = Engine(pure, max_batch=2, max_length=LONG, chunk=4)
+    with torch.inference_mode():
+        for prompt in prompts:
+            truth = pure(torch.tensor([prompt]))[0]
+            assert (engine.read(prompt) - truth).abs().max() <= 1e-10 * truth.square().mean().sqrt()
+    for how in ({}, {"temperature": 1.0, "seed": 5}):
+        new = engine.generate([*prompts, prompts[0]], max_new_tokens=8, stop=(), **how)
+        assert new == glm.generate(pure, [*prompts, prompts[0]], max_new_tokens=8, stop=(), **how)
 
 
 def test_tiny_glm_says_the_same_for_200_tokens() -> None:
@@ -257,7 +265,7 @@ def test_learnt_places_end() -> None:
     engine = Engine(pure, max_length=4 * pure.spec.learned.length)
     prompt = [1] * (pure.spec.learned.length - 3) + [reading.masks[0], reading.sop]
     with pytest.raises(LayoutError, match="is none of the"):
-        engine.submit([1, 2, *prompt], max_new_tokens=4)
+        engine.submit([1, 2, 3, *prompt], max_new_tokens=4)
 
 
 # ----------------------------------------------------------------------------- what a slot remembers
@@ -266,12 +274,12 @@ def test_learnt_places_end() -> None:
 def test_a_conversation_reads_only_what_is_new() -> None:
     pure = model()
     engine = Engine(pure, max_batch=2, max_length=LONG)
-    text = [3, 4, 5, 6, 7, 8, 9]
+    text, before = [3, 4, 5, 6, 7, 8, 9], 0
     for turn in range(3):
         request = engine.submit(text, max_new_tokens=5, stop=())
         run(engine, request)
         assert request.ids == plain(pure, text, 5, stop=())
-        assert request.reused == (0 if turn == 0 else before)
+        assert request.reused == before
         before = len(text) + 4  # the last new token was never read
         text = text + request.ids + [10 + turn]
     other = engine.submit([20, 21], max_new_tokens=3, stop=())
@@ -289,14 +297,12 @@ def test_whatever_slots_remember(data: st.DataObject) -> None:
     """Prompts of few different tokens, so that they often begin alike."""
     pure = model()
     engine = Engine(pure, max_batch=2, max_length=LONG, chunk=3)
-    reused = 0
     for _ in range(8):
         prompt = data.draw(st.lists(st.integers(3, 4), min_size=1, max_size=6))
         request = engine.submit(prompt, max_new_tokens=3, stop=())
         run(engine, request)
         assert request.ids == plain(pure, prompt, 3, stop=())
-        reused += request.reused
-    assert reused > 0 or data is not None
+        assert request.reused < len(prompt)
 
 
 def test_what_is_read_both_ways_is_read_anew() -> None:
@@ -396,12 +402,14 @@ def test_nan_names_the_first_layer(where: str, named: str) -> None:
 
 
 def test_nan_of_one_request_leaves_the_others_alone() -> None:
-    """Id 29 has an embedding that is not finite; it is read in the middle of an answer."""
+    """An id that the others do not say has an embedding that is not finite."""
     pure = model()
     engine = Engine(pure, max_batch=2, max_length=LONG)
+    said = {id for prompt in ([3, 4], [5, 6]) for id in plain(pure, prompt, 9, stop=())}
+    wrong = min(set(range(7, 30)) - said)
     engine.composed.embedding = engine.composed.embedding.clone()
-    engine.composed.embedding[29] = torch.inf
-    good, bad = (engine.submit(prompt, max_new_tokens=9, stop=()) for prompt in ([3, 4], [29, 3]))
+    engine.composed.embedding[wrong] = torch.inf
+    good, bad = (engine.submit(prompt, max_new_tokens=9, stop=()) for prompt in ([3, 4], [wrong, 3]))
     run(engine, good, bad)
     assert (good.state, good.ids) == ("done", plain(pure, [3, 4], 9, stop=()))
     assert bad.state == "failed"
@@ -442,7 +450,7 @@ def test_a_failing_prompt_frees_its_slot(monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(bad.error, torch.OutOfMemoryError)
     assert (bad.state, good.state, good.ids) == ("failed", "done", plain(pure, [3, 4], 4, stop=()))
     with pytest.raises(torch.OutOfMemoryError):
-        engine.generate([[3] * 7], max_new_tokens=4)
+        engine.generate([[9] * 7], max_new_tokens=4)
 
 
 def test_a_stream_that_is_dropped_frees_its_slot() -> None:
