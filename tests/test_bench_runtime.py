@@ -252,10 +252,11 @@ def test_every_side_computes_the_model(name: str, weights: str, toy: str) -> Non
     assert truth_of(given).faults(makers()[name](given)) == ""
 
 
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
 @pytest.mark.parametrize("golden", ["chatglm1-base", "chatglm3-base", "glm130b-base", "hf_glm4-base"])
 @pytest.mark.parametrize("name", [OURS, GPT_FAST])
-def test_every_wiring_and_position(name: str, golden: str) -> None:
-    given = setting(small("decode", str(GOLDENS / golden), batch=2))
+def test_every_wiring_and_position(name: str, golden: str, weights: str) -> None:
+    given = setting(small("decode", str(GOLDENS / golden), weights, batch=2))
     assert truth_of(given).faults(makers()[name](given)) == ""
 
 
@@ -352,12 +353,23 @@ class Stuck(EngineSide):
         return [row[:1] * len(row) for row in super().tokens()]
 
 
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int4"])
 @pytest.mark.parametrize("wrong", [Forgetful, Stuck])
-def test_what_goes_wrong_in_steps_only_is_refused(wrong: Callable[[Setting], Side], toy: str) -> None:
-    row = decode.measure(small("decode", toy, batch=2), PLACE, {OURS: wrong})
-    assert row["sides"][OURS]["refused"].startswith("tokens: one chosen is")
+def test_what_goes_wrong_in_steps_only_is_refused(wrong: Callable[[Setting], Side], weights: str, toy: str) -> None:
+    row = decode.measure(small("decode", toy, weights, batch=2), PLACE, {OURS: wrong})
+    assert re.match(r"tokens: one chosen is|logits behind steps: ", row["sides"][OURS]["refused"])
     assert "moved" not in row
     assert "kernels" not in row
+
+
+def test_a_red_check_is_printed_without_a_speed(
+    toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("glm.bench.sides.makers", lambda: {OURS: Stuck, GPT_FAST: Stock})
+    assert main(["bench", "decode", toy, "--layers", "2", "--context", "20", "--rounds", "1", "--device", "cpu"]) == 1
+    ours, theirs = re.findall(rf"^({OURS}|{GPT_FAST})  +(.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert ours[1].startswith("refused: tokens: one chosen is")
+    assert theirs[1].endswith("tokens/s")
 
 
 def test_a_side_that_fails_is_a_reason(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:

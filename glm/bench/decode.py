@@ -5,14 +5,19 @@ write already, so that with many rows its own are up to as many tokens longer th
 """
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
+
+import torch
+from glm_kernels.bench import machine
 
 from glm.bench import sides as every
 from glm.bench.breakdown import breakdown
 from glm.bench.cases import RuntimeCase
+from glm.bench.goals import OURS
 from glm.bench.prompts import prompts
-from glm.bench.sides import CHUNK, OURS, EngineSide, Maker, Setting, Side
+from glm.bench.sides import CHUNK, EngineSide, Maker, Prompts, Setting, Side
 from glm.bench.truth import Truth
 from glm.bench.turns import Place, admitted, in_turn, lasting
 from glm.bench.weights import random_model
@@ -51,7 +56,19 @@ def measure(case: RuntimeCase, place: Place, makers: Mapping[str, Maker] | None 
             row["kernels"] = breakdown(partial(steps, ours, PROFILED), PROFILED, place.device)
         except Exception as error:  # a profiler that may not look at the device costs the table, not the figures
             row["kernels"] = {"failed": place.survived(error)}
+        if place.device.type == "cuda":
+            row["clocks"] = clocks(ours, texts, place.device)
     return row
+
+
+def clocks(side: Side, texts: Prompts, device: torch.device) -> dict[str, float]:
+    """Of the device while it decodes."""
+    with ThreadPoolExecutor(1) as other:
+        seen = other.submit(machine.clocks, device)
+        while not seen.done():
+            side.start(texts)
+            steps(side, PROFILED)
+    return seen.result()
 
 
 def steps(side: Side, count: int) -> None:

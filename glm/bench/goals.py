@@ -6,7 +6,7 @@ from typing import Any
 
 from glm_kernels.bench.results import Results, Row
 
-OURS, GPT_FAST, EAGER = "glm", "gpt-fast style", "transformers"
+OURS, GPT_FAST, EAGER, STATIC = "glm", "gpt-fast style", "transformers", "transformers static"  # sides
 MODELS = "chatglm-6b", "chatglm3-6b", "glm-4-9b", "glm-4-32b-0414"
 
 

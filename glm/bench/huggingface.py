@@ -114,6 +114,12 @@ class Eager:
         rows: list[list[int]] = torch.cat(self.chosen, dim=1).tolist()
         return rows
 
+    @torch.no_grad()
+    def next_logits(self) -> Tensor:
+        """Not compiled."""
+        found: Tensor = self.model(self.chosen[-1], past_key_values=self.cache, use_cache=True).logits[:, -1]
+        return found
+
     def prefill(self, prompt: Sequence[int]) -> None:
         """One row."""
         self.start([prompt])

@@ -8,7 +8,7 @@ from typing import Any
 
 from glm.bench.cases import RuntimeCase
 from glm.bench.child import ask
-from glm.bench.sides import OURS
+from glm.bench.goals import OURS
 from glm.bench.turns import Place
 
 NEW = 8  # tokens that are written behind the prompt

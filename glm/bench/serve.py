@@ -13,8 +13,9 @@ from typing import Any
 
 from glm.bench.cases import RuntimeCase
 from glm.bench.decode import CHECKED, WRITTEN
+from glm.bench.goals import OURS
 from glm.bench.prompts import prompts
-from glm.bench.sides import OURS, EngineSide, Maker, Setting, wait
+from glm.bench.sides import EngineSide, Maker, Setting, wait
 from glm.bench.truth import Truth
 from glm.bench.turns import Place, admitted
 from glm.bench.weights import random_model

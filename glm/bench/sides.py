@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from glm.bench.cases import RuntimeCase
+from glm.bench.goals import EAGER, GPT_FAST, OURS, STATIC
 from glm.model import GLM
 from glm.runtime import Engine, Request
-
-OURS = "glm"
-GPT_FAST = "gpt-fast style"
-EAGER, STATIC = "transformers", "transformers static"
+from glm.runtime.decoding import read
 
 CHUNK = 8192  # tokens of a prompt that the engine reads at once
 
@@ -41,6 +39,13 @@ class Side(Protocol):
 
     def tokens(self) -> list[list[int]]:
         """What was chosen since the start, by row, as far as it is known."""
+        ...
+
+    def next_logits(self) -> Tensor:
+        """Behind everything that `tokens` says, read from the cache that the steps wrote: [B, V].
+
+        A step may not follow, a start may.
+        """
         ...
 
     def prefill(self, prompt: Sequence[int]) -> None:
@@ -96,9 +101,18 @@ class EngineSide:
             if not request.active:
                 raise request.error or RuntimeError("a row has no room left")
 
+    @torch.inference_mode()
     def tokens(self) -> list[list[int]]:
-        """By row."""
+        """By row, with those that the device is about to give."""
+        while self.engine.pending:
+            self.engine.settle(self.engine.pending.popleft())
         return [request.ids for request in self.requests]
+
+    @torch.inference_mode()
+    def next_logits(self) -> Tensor:
+        """What the next step would choose from."""
+        engine, rows = self.engine, self.engine.rows
+        return engine.composed.logits(read(engine.composed, engine.slots, rows, rows.token[:, None]))[:, -1]
 
     def prefill(self, prompt: Sequence[int]) -> None:
         """One request of one token."""
@@ -109,7 +123,6 @@ class EngineSide:
         if request.error is not None:
             raise request.error
 
-    @torch.inference_mode()
     def clear(self) -> None:
         """No requests."""
         for request in self.requests:

@@ -17,7 +17,7 @@ from typing import Any
 
 from glm.bench.cases import STORED, RuntimeCase
 from glm.bench.child import ask
-from glm.bench.sides import OURS
+from glm.bench.goals import OURS
 from glm.bench.turns import Place
 
 PARTS = "python", "import", "load", "compose", "first"

@@ -83,6 +83,10 @@ class Step(nn.Module):
 
     def forward(self, tokens: Tensor, at: Tensor, positions: Tensor) -> Tensor:
         """See the class."""
+        return self.logits(tokens, at, positions).argmax(-1)
+
+    def logits(self, tokens: Tensor, at: Tensor, positions: Tensor) -> Tensor:
+        """[B, 1, V]."""
         model: Any = self.model
         x = F.embedding(tokens, model.embedding.weight)
         if model.places is not None:
@@ -93,8 +97,8 @@ class Step(nn.Module):
         notes: Notes = {}
         for i, block in enumerate(model.blocks):
             x = block(x, rotation, mask, Placed(self.buffers_of(i), at, notes))
-        next_ones: Tensor = model.head(model.final_norm(x)).argmax(-1)
-        return next_ones
+        found: Tensor = model.head(model.final_norm(x))
+        return found
 
 
 class Stock:
@@ -154,6 +158,11 @@ class Stock:
         """By row."""
         rows: list[list[int]] = torch.cat(self.chosen, dim=1).tolist()
         return rows
+
+    @torch.no_grad()
+    def next_logits(self) -> Tensor:
+        """Not compiled, from the cache that compiled steps wrote."""
+        return self.module.logits(self.chosen[-1], self.at, self.positions)[:, -1]
 
     def prefill(self, prompt: Sequence[int]) -> None:
         """Into the first row."""

@@ -3,9 +3,10 @@
 A side passes when
 
 1. its logits of a prompt are off by at most twice the error of the pure model in the same dtype, as everywhere here
-   (`glm_kernels.bench.subject`), and
-2. every token that it chose in steps, on the path that is timed, is one that such an error could have chosen: its
-   logit in float64 is below the largest by no more than the errors of both together. In float32 that leaves no choice.
+   (`glm_kernels.bench.subject`),
+2. so are its logits behind some steps, which are the path that is timed, of the first row and the last, and
+3. every token that it chose in those steps, in any row, is one that such an error could have chosen: its logit in
+   float64 is below the largest by no more than the errors of both together. In float32 that leaves no choice.
 """
 
 from collections.abc import Sequence
@@ -68,13 +69,21 @@ class Truth:
         side.start(self.prompts)
         while len(side.tokens()[0]) < self.steps or min(map(len, side.tokens())) < self.steps:
             side.step()
-        written = [row[: self.steps] for row in side.tokens()]
-        gap = self.gap(written)
-        if gap <= 2 * self.allowed:
-            return ""
-        return (
-            f"tokens: one chosen is {gap:.3g} below the likeliest in float64, and errors explain {2 * self.allowed:.3g}"
-        )
+        texts = [[*p, *row] for p, row in zip(self.prompts, side.tokens(), strict=True)]
+        written = [text[len(p) : len(p) + self.steps] for p, text in zip(self.prompts, texts, strict=True)]
+        if (gap := self.gap(written)) > (most := 2 * self.allowed):
+            return f"tokens: one chosen is {gap:.3g} below the likeliest in float64, and errors explain {most:.3g}"
+        verdict = self.behind(texts).verdict(side.next_logits())
+        return "" if verdict.ok else str(verdict)
+
+    @torch.no_grad()
+    def behind(self, texts: Sequence[Sequence[int]]) -> Expected:
+        """The logits behind texts, [2, V]: of the first and the last."""
+        ends = [0, len(texts) - 1]
+        ids = [torch.tensor([list(texts[row])], device=self.model.device) for row in ends]
+        plain = torch.cat([self.model(one, last=True)[:, -1] for one in ids])
+        truth = torch.cat([exact(self.model, one, 1)[:, -1] for one in ids])
+        return Expected("logits behind steps", lambda y: y[ends], plain, truth)
 
     def gap(self, written: Sequence[Sequence[int]]) -> float:
         """By how much the worst of the tokens that were chosen is less likely than the likeliest, in logits."""
