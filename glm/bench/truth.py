@@ -50,16 +50,13 @@ class Truth:
     model: GLM
     prompts: Prompts
     steps: int
-    known: dict[tuple[tuple[int, ...], ...], Tensor] = field(default_factory=dict)
+    known: dict[tuple[tuple[int, ...], ...], tuple[float, float]] = field(default_factory=dict)
 
     @torch.no_grad()
     def __post_init__(self) -> None:
         ids = torch.tensor([list(self.prompts[0])], device=self.model.device)
         plain, truth = self.model(ids)[0], exact(self.model, ids)[0]
         self.expected = Expected("logits", lambda y: y, plain, truth)
-        rounding = torch.finfo(plain.dtype).eps / 2
-        error = (plain.double() - truth).abs().max()
-        self.allowed = FACTOR * max(float(error), rounding * float(truth.abs().max()))
 
     def faults(self, side: Side) -> str:
         """What is wrong with a side, or nothing."""
@@ -67,11 +64,12 @@ class Truth:
         if not verdict.ok:
             return str(verdict)
         side.start(self.prompts)
-        while len(side.tokens()[0]) < self.steps or min(map(len, side.tokens())) < self.steps:
+        while min(map(len, side.tokens())) < self.steps:
             side.step()
         texts = [[*p, *row] for p, row in zip(self.prompts, side.tokens(), strict=True)]
         written = [text[len(p) : len(p) + self.steps] for p, text in zip(self.prompts, texts, strict=True)]
-        if (gap := self.gap(written)) > (most := 2 * self.allowed):
+        gap, most = self.gap(written)
+        if gap > most:
             return f"tokens: one chosen is {gap:.3g} below the likeliest in float64, and errors explain {most:.3g}"
         verdict = self.behind(texts).verdict(side.next_logits())
         return "" if verdict.ok else str(verdict)
@@ -85,13 +83,24 @@ class Truth:
         truth = torch.cat([exact(self.model, one, 1)[:, -1] for one in ids])
         return Expected("logits behind steps", lambda y: y[ends], plain, truth)
 
-    def gap(self, written: Sequence[Sequence[int]]) -> float:
-        """By how much the worst of the tokens that were chosen is less likely than the likeliest, in logits."""
+    @torch.no_grad()
+    def gap(self, written: Sequence[Sequence[int]]) -> tuple[float, float]:
+        """By how much the worst of the chosen tokens is less likely than the likeliest, in logits, and what is allowed.
+
+        The errors allowed for are those of the pure model on the same texts.
+        """
         key = tuple(map(tuple, written))
         if key not in self.known:
             texts = [[*p, *row] for p, row in zip(self.prompts, written, strict=True)]
             ids = torch.tensor(texts, device=self.model.device)
             logits = exact(self.model, ids[:, :-1], self.steps)  # [B n V]
             picked = logits.gather(-1, ids[:, -self.steps :, None])[..., 0]
-            self.known[key] = (logits.amax(-1) - picked).max()
-        return float(self.known[key])
+            plain = self.model(ids[:, :-1])[:, -self.steps :]
+            self.known[key] = float((logits.amax(-1) - picked).max()), 2 * allowed(plain, logits)
+        return self.known[key]
+
+
+def allowed(plain: Tensor, truth: Tensor) -> float:
+    """The error of a logit that the rule allows: twice the plain model's largest, or twice a rounding."""
+    rounding = torch.finfo(plain.dtype).eps / 2 * float(truth.abs().max())
+    return FACTOR * max(float((plain.double() - truth).abs().max()), rounding)
