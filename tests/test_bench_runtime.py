@@ -362,6 +362,23 @@ def test_what_goes_wrong_in_steps_only_is_refused(wrong: Callable[[Setting], Sid
     assert "kernels" not in row
 
 
+def test_a_side_that_is_right_only_at_first_is_refused(toy: str) -> None:
+    class Tired(Stock):
+        """Its weights wear out."""
+
+        def step(self) -> None:
+            super().step()
+            self.total = getattr(self, "total", 0) + 1
+            if self.total == 12:  # while it is timed
+                worn = self.module.model.blocks[1].mixer.out  # type: ignore[union-attr, index]
+                worn.weight = torch.nn.Parameter(1.5 * worn.weight, requires_grad=False)
+
+    row = decode.measure(small("decode", toy), PLACE, {OURS: EngineSide, "tired": Tired})
+    assert row["sides"]["tired"]["refused"].startswith("after it was timed, logits")
+    assert "seconds" not in row["sides"]["tired"]
+    assert row["sides"][OURS]["seconds"] > 0
+
+
 def test_a_red_check_is_printed_without_a_speed(
     toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ from glm.bench.goals import OURS
 from glm.bench.prompts import prompts
 from glm.bench.sides import CHUNK, EngineSide, Maker, Prompts, Setting, Side
 from glm.bench.truth import Truth
-from glm.bench.turns import Place, admitted, in_turn, lasting
+from glm.bench.turns import Place, admitted, check_again, in_turn, lasting
 from glm.bench.weights import random_model
 from glm.bench.work import floor, moved
 
@@ -45,6 +45,7 @@ def measure(case: RuntimeCase, place: Place, makers: Mapping[str, Maker] | None 
         return lasting(partial(steps, side, place.steps), place.device) / place.steps
 
     in_turn(sides, found, place, step)
+    check_again(sides, found, truth, place)
     tokens = case.context + WARM + (place.steps + 1) / 2  # of a row, in the middle of a round
     row: dict[str, Any] = {"bytes": floor(case.spec, case.torch_dtype, rows, tokens), "tokens": rows, "sides": found}
     ours = sides.get(OURS)

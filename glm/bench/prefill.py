@@ -9,7 +9,7 @@ from glm.bench.decode import CHECKED
 from glm.bench.prompts import prompts
 from glm.bench.sides import Maker, Setting, Side
 from glm.bench.truth import Truth
-from glm.bench.turns import Place, admitted, in_turn, lasting
+from glm.bench.turns import Place, admitted, check_again, in_turn, lasting
 from glm.bench.weights import random_model
 from glm.bench.work import flops, weights_read
 
@@ -31,6 +31,7 @@ def measure(case: RuntimeCase, place: Place, makers: Mapping[str, Maker] | None 
         return lasting(all_of_them, place.device)
 
     in_turn(sides, found, place, read)
+    check_again(sides, found, truth, place)
     spec, tokens = case.spec, rows * case.context
     return {
         "bytes": rows * weights_read(spec, case.torch_dtype, case.context),

@@ -79,6 +79,18 @@ def in_turn(sides: Mapping[str, Side], found: Found, place: Place, seconds: Call
             found[name] |= asdict(timing(counted, 1, "wall clock"))
 
 
+def check_again(sides: Mapping[str, Side], found: Found, truth: Truth, place: Place) -> None:
+    """Take its figure from a side that was right only at first."""
+    for name, side in sides.items():
+        if "seconds" not in found[name]:
+            continue
+        try:
+            if wrong := truth.faults(side):
+                found[name] = {"refused": f"after it was timed, {wrong}"}
+        except Exception as error:
+            found[name] = {"failed": place.survived(error)}
+
+
 def lasting(run: Callable[[], None], device: torch.device) -> float:
     """Seconds of `run`, the device included."""
     wait(device)
