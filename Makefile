@@ -51,8 +51,10 @@ train: .venv/.test ## train tiny-glm from nothing, in about half an hour
 bench: .venv/.test ## measure memory and speed on this machine
 	@for script in $$(grep -l __main__ kernels/bench/*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
-bench-gpu: .venv/.test ## measure the kernels and their peers on this machine's GPU
+bench-gpu: .venv/.test ## measure the kernels, the engine and their peers on this machine's GPU
 	$(BIN)/python -m glm_kernels.bench all --out kernels/results/
+	$(BIN)/glm bench all --out kernels/results/
+	$(BIN)/python docs/tables.py
 
 clean: ## remove .venv and everything else that was made
 	rm -rf .venv build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

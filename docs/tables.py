@@ -23,6 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from glm_kernels.bench import report  # noqa: E402
 from glm_kernels.bench.report import table  # noqa: E402
 
+from glm.bench import report as runtime  # noqa: E402
+
 RESULTS = ROOT / "kernels" / "results"
 DOCUMENTS = (
     "README.md",
@@ -173,6 +175,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "diff": diff,
     "parity": parity,
     report.BLOCK: lambda: report.markdown(RESULTS, ROOT / "kernels"),
+    runtime.BLOCK: lambda: runtime.markdown(RESULTS, ROOT / "kernels"),
+    runtime.GOALS_BLOCK: lambda: runtime.goals_markdown(RESULTS),
     "accuracy": partial(accuracy, ("128",), slice(1, 2)),
     "accuracy-all": partial(accuracy, ("32", "64", "128", "row"), slice(None)),
     "public-names": public_names,

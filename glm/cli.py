@@ -25,6 +25,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from glm.bench.command import app as bench
 from glm.errors import GLMError, ParallelError
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(bench)
 
 Loaded = TypeVar("Loaded")
 Refusal = typer.BadParameter.__mro__[2]  # what any fault in a command line is raised as, by click or typer's own copy

@@ -32,7 +32,7 @@ from glm.tokenizer import Tokenizer
 PROJECT = Path(__file__).parents[1]
 COMMANDS = [
     *("chat", "complete", "infill", "info", "releases", "diff", "tokenize", "trace", "verify"),
-    *("convert", "quantize", "prepack", "accuracy", "synthesize", "train"),
+    *("convert", "quantize", "prepack", "accuracy", "synthesize", "train", "bench"),
 ]
 TINY = PROJECT / "weights" / "tiny-glm"
 SPECIAL = ("<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
