@@ -29,7 +29,8 @@ torch.manual_seed(0)
 EPS = torch.finfo(torch.float64).eps
 KERNELS = Path(glm_kernels.__file__).parents[1]
 ladder = measured.loaded()  # kernels/ladders/ladder.py
-figures = measured.figures(read_all(KERNELS / "results"))
+devices = read_all(KERNELS / "results")
+figures = measured.figures(devices)
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -44,6 +45,11 @@ def show(name: str) -> None:
         for s in ladder.steps(name)
     ]
     display(Markdown("\n".join(["| step | idea | measured |", "| --- | --- | --- |", *rows])))
+    for device in devices:
+        for row in device.rows:
+            if row["subject"] == "ladders" and row["fields"]["ladder"] == name:
+                run = device.run_of(row)
+                print(f"{device.device['device']}: {row['label']}; commit {run['commit']}, {run['date']}")
 
 
 # %% [markdown]

@@ -7,7 +7,6 @@
 # chapter asserts at every step: the tokens are those of `glm.generate`.
 
 # %%
-import json
 import textwrap
 import time
 from collections import Counter
@@ -21,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import glm
 from docs import drawing
+from glm.bench.goals import fraction, speed
+from glm.bench.results import read_all
 from glm.info import cache_bytes_per_token
 from glm.runtime.decoding import advance, read
 
@@ -364,21 +365,17 @@ for rows in engines:
 # reads, is the bound:
 
 # %%
-results = sorted((Path(glm_kernels.__file__).parents[1] / "results").glob("runtime_*.json"))
+results = read_all(Path(glm_kernels.__file__).parents[1] / "results")
 if not results:
     print("The engine on a GPU: not yet measured.")
-for path in results:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    runs = {run["id"]: run for run in found["runs"]}
-    print(found["device"]["device"])
-    for row in found["rows"]:
-        seconds = row.get("sides", {}).get("glm", {}).get("seconds")
-        if row["subject"] == "decode" and seconds:
-            run = runs[row["run"]]
-            part = row["bytes"] / run["roofs"]["read"] / seconds
+for device in results:
+    print(device.device["device"])
+    for row in device.rows:
+        if row["subject"] == "decode" and speed(row) is not None:
+            run, (axis, size) = device.run_of(row), row["axis"]
             print(
-                f"  {row['label']:36} {row['axis'][0]} {row['axis'][1]:6}: {row['tokens'] / seconds:8.0f} tokens/s, "
-                f"{part:.2f} of the bound; commit {run['commit']}, {run['date']}"
+                f"  {row['label']:30} {axis} {size:6}: {speed(row):7.0f} tokens/s, "
+                f"{fraction(row, device):.2f} of the bound; commit {run['commit']}, {run['date']}"
             )
 
 # %% [markdown]
