@@ -1,12 +1,10 @@
 """What is right: the pure model in float64, a block at a time, and the check that a side must pass to get a figure.
 
-A side passes when
-
-1. its logits of a prompt are off by at most twice the error of the pure model in the same dtype, as everywhere here
-   (`glm_kernels.bench.subject`),
-2. so are its logits behind some steps, which are the path that is timed, of the first row and the last, and
-3. every token that it chose in those steps, in any row, is one that such an error could have chosen: its logit in
-   float64 is below the largest by no more than the errors of both together. In float32 that leaves no choice.
+A side passes when its logits of a prompt are off by at most twice the error of the pure model in the same dtype, as
+everywhere here (`glm_kernels.bench.subject`); when so are its logits behind some steps, which are the path that is
+timed, of the first row and the last; and when every token that it chose in those steps, in any row, is one that such an
+error could have chosen: its logit in float64 is below the largest by no more than the errors of both together. In
+float32 that leaves no choice.
 """
 
 from collections.abc import Sequence
