@@ -15,7 +15,7 @@ from glm.cache import Tensors
 from glm.latent_attention import LatentAttentionModule
 from glm.positions import Rotary, Unturned
 from glm.runtime.call import Call, Turns
-from glm.runtime.matrices import Store
+from glm.runtime.matrices import Store, known
 from glm.runtime.norms import FusedNorm
 from glm.runtime.slots import Appending, append
 
@@ -31,10 +31,10 @@ class FusedMixer(Protocol):
 
 
 def fused_mixer(module: nn.Module, turns: Turns, store: Store) -> FusedMixer:
-    """The engine's form of a mixer: the module itself where there is no other, and where it is a change of one."""
-    if type(module) is AttentionModule:
+    """The engine's form of a mixer: the module itself where there is no other, or where it is changed."""
+    if type(module) is AttentionModule and type(module.qk_norm) in (nn.Identity, HeadNorms):
         return FusedAttention(module, turns.rotary, store)
-    if type(module) is LatentAttentionModule:
+    if type(module) is LatentAttentionModule and known(module.up):
         return FusedLatentAttention(module, turns.rotary, store)
     return AsItIs(module, turns)
 
@@ -47,7 +47,7 @@ class FusedAttention:
         self.qkv, self.out = store.matrix(module.qkv), store.matrix(module.out)
         self.rotary = rotary
         self.norms: tuple[FusedNorm, FusedNorm] | None = None
-        if isinstance(module.qk_norm, HeadNorms):
+        if type(module.qk_norm) is HeadNorms:
             self.norms = FusedNorm(module.qk_norm.q), FusedNorm(module.qk_norm.k)
 
     def __call__(
@@ -98,7 +98,7 @@ class FusedLatentAttention:
         self.down, self.out = store.matrix(module.down), store.matrix(module.out)
         self.norm = FusedNorm(module.norm)
         N, V = self.spec.plain, self.spec.value
-        self.up = module.up.dense(module.norm.weight.dtype)  # type: ignore[operator]
+        self.up = module.up.dense(store.dtype)  # type: ignore[operator]
         self.into, self.from_ = self.up.unflatten(0, (-1, N + V)).split((N, V), dim=1)  # [H N R], [H V R]
 
     def __call__(

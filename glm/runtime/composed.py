@@ -2,19 +2,18 @@
 
 from collections.abc import Iterator
 from functools import partial
+from types import NoneType
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glm.cache import Tensors
 from glm.errors import ConfigError
-from glm.experts import ExpertsModule
-from glm.feed_forward import FeedForwardModule
 from glm.grouped import Grouped
 from glm.model import GLM, BlockModule
+from glm.positions import LearnedModule
 from glm.runtime.attention import fused_mixer
 from glm.runtime.call import Call, Turns
-from glm.runtime.feed_forward import FusedExperts, FusedFeedForward
+from glm.runtime.feed_forward import fused_feed_forward
 from glm.runtime.matrices import Store
 from glm.runtime.norms import fused_norm
 from glm.runtime.wiring import wire
@@ -26,12 +25,7 @@ class FusedBlock:
     def __init__(self, module: BlockModule, turns: Turns, store: Store) -> None:
         self.wire_mixer, self.wire_feed_forward = wire(module.wire_mixer), wire(module.wire_feed_forward)
         self.mixer = fused_mixer(module.mixer, turns, store)
-        if isinstance(module.feed_forward, ExpertsModule):
-            self.feed_forward: FusedExperts | FusedFeedForward = FusedExperts(module.feed_forward, store)
-        elif isinstance(module.feed_forward, FeedForwardModule):
-            self.feed_forward = FusedFeedForward(module.feed_forward, store)
-        else:
-            raise TypeError(f"no feed-forward: {type(module.feed_forward).__name__}")
+        self.feed_forward = fused_feed_forward(module.feed_forward, store)
 
     def steps(self, x: Tensor, call: Call, buffers: Tensors) -> Iterator[tuple[str, Tensor]]:
         """The stream [B, T, D] after the mixer and after the feed-forward, and what each is called."""
@@ -49,10 +43,13 @@ class Composed:
         With `release` the model's blocks are let go one by one as they are composed: it cannot be used afterwards, and
         memory never holds more than one block twice.
 
-        Raises ConfigError for a model that is dealt out to several processes, or integers that are to become others.
+        Raises ConfigError for a model that is dealt out to several processes, integers that are to become others, or
+        an embedding that is no table.
         """
-        if any(type(x) not in (Tensor, torch.nn.Parameter) for x in model.state_dict(keep_vars=True).values()):
+        if any(type(x) not in (Tensor, nn.Parameter) for x in model.state_dict(keep_vars=True).values()):
             raise ConfigError("the engine runs a model on one device, and this one is dealt out to several processes")
+        if type(model.embedding) is not nn.Embedding or type(model.places) not in (NoneType, LearnedModule):
+            raise ConfigError("the engine knows no other embedding than tables: use glm.generate for this model")
         self.spec = model.spec
         self.turns = Turns(model.spec.rotary, positions, model.dtype, model.device)
         self.embedding = model.embedding.weight
@@ -64,7 +61,7 @@ class Composed:
             assert isinstance(block, BlockModule)
             self.blocks.append(FusedBlock(block, self.turns, store))
             if release:
-                model.blocks[i] = torch.nn.Identity()
+                model.blocks[i] = nn.Identity()
             del block
         self.final_norm = fused_norm(model.final_norm)
         self.head = Store(None, model.dtype, model.device).matrix(model.head)
@@ -73,9 +70,9 @@ class Composed:
         self, tokens: Tensor, positions: Tensor, call: Call, memory: list[Tensors]
     ) -> Iterator[tuple[str, Tensor]]:
         """The stream [B, T, D] of tokens [B, T] at positions [B, T, A] after every sublayer, and the name of that."""
-        x = torch.nn.functional.embedding(tokens, self.embedding)
+        x = nn.functional.embedding(tokens, self.embedding)
         for axis, table in enumerate(self.tables):
-            x = x + torch.nn.functional.embedding(positions[..., axis], table)
+            x = x + nn.functional.embedding(positions[..., axis], table)
         yield "the embedding", x
         for number, (block, buffers) in enumerate(zip(self.blocks, memory, strict=True)):
             stream = x

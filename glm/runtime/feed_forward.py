@@ -5,12 +5,13 @@ from functools import partial
 
 import torch
 from glm_kernels import geglu, gelu
-from torch import Tensor
+from torch import Tensor, nn
 
 from glm.experts import ExpertsModule
 from glm.feed_forward import ACTIVATIONS, FeedForwardModule
-from glm.runtime.matrices import Store
+from glm.runtime.matrices import Store, known
 from glm.runtime.norms import FusedNorm
+from glm.runtime.wiring import Sublayer
 
 SWIGLU = ("silu", "identity")
 FUSED: dict[tuple[str, ...], Callable[[Tensor], Tensor]] = {
@@ -36,6 +37,23 @@ def activation(branches: tuple[str, ...]) -> Callable[[Tensor], Tensor]:
     return product
 
 
+def fused_feed_forward(module: nn.Module, store: Store) -> Sublayer:
+    """The engine's form of a feed-forward: the module itself where there is no other, or where it is changed."""
+    if type(module) is FeedForwardModule:
+        return FusedFeedForward(module, store)
+    if type(module) is ExpertsModule:
+        each = module.experts
+        if type(each) is FeedForwardModule and known(each.up) and known(each.down):
+            return FusedExperts(module, each, store)
+    return partial(as_it_is, module)
+
+
+def as_it_is(module: nn.Module, h: Tensor, *, norm: FusedNorm | None, residual: Tensor | None) -> Tensor:
+    """A feed-forward that has no fused form: [B, T, D] -> [B, T, D]."""
+    y: Tensor = module(h if norm is None else norm(h))
+    return y if residual is None else y + residual
+
+
 class FusedFeedForward:
     """r + W_down f(W_up n(h))."""
 
@@ -53,17 +71,13 @@ class FusedFeedForward:
 class FusedExperts:
     """The chosen experts and the shared ones. Nothing waits for the device: where experts begin is known only there."""
 
-    def __init__(self, module: ExpertsModule, store: Store) -> None:
-        each = module.experts
-        assert isinstance(each, FeedForwardModule)
+    def __init__(self, module: ExpertsModule, each: FeedForwardModule, store: Store) -> None:
         self.router = module.router
         self.count = len(module.held)
         self.up, self.down = store.stack(each.up), store.stack(each.down)
         self.swiglu = each.spec.branches == SWIGLU
         self.activate = activation(each.spec.branches)
-        self.shared = None
-        if isinstance(module.shared, FeedForwardModule):
-            self.shared = FusedFeedForward(module.shared, store)
+        self.shared = None if module.shared is None else fused_feed_forward(module.shared, store)
 
     def __call__(self, h: Tensor, *, norm: FusedNorm | None, residual: Tensor | None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -75,9 +89,7 @@ class FusedExperts:
         offsets = torch.searchsorted(visits, edges, out_int32=True)
         x = self.up.experts(tokens[order // chosen.shape[1]], offsets, swiglu=self.swiglu)
         y = self.down.experts(x if self.swiglu else self.activate(x), offsets)
-        answers = (
-            torch.empty_like(y).index_copy_(0, order, y).unflatten(0, chosen.shape)
-        )  # [N k D], in the router's order
+        answers = torch.empty_like(y).index_copy_(0, order, y).unflatten(0, chosen.shape)  # [N k D]
         mixed: Tensor = (answers * weights[..., None]).sum(1).to(h.dtype).view_as(h)
         added = mixed if residual is None else mixed + residual
         return added if self.shared is None else self.shared(h, norm=None, residual=added)

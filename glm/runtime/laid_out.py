@@ -28,10 +28,10 @@ class Integers(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module) -> "Integers | None":
-        """That of a linear layer; None where it is dense."""
-        if isinstance(module, RowScaledLinear | RowScaledStack):
+        """That of a linear layer of one of the kinds here; None for any other module."""
+        if isinstance(module, RowScaledLinear | RowScaledStack) and type(module) in (RowScaledLinear, RowScaledStack):
             return cls(module.weight, module.weight_scale[..., None], None, module.bits, module.bias)
-        if isinstance(module, GroupedLinear | GroupedStack):
+        if isinstance(module, GroupedLinear | GroupedStack) and type(module) in (GroupedLinear, GroupedStack):
             packed, scales, zeros = module.weight_packed, module.weight_scale, module.weight_zero_point
             return cls(packed, scales, zeros, module.form.bits, module.bias)
         return None

@@ -6,6 +6,7 @@ are laid out for it once; elsewhere they stay as they are stored.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from glm_kernels import (
     int8_matmul,
     int8_matmul_experts,
 )
+from glm_kernels import swiglu as fused_swiglu
 from glm_kernels.dispatch import INTERPRETED
 from torch import Tensor, nn
 
@@ -50,15 +52,14 @@ class Matrix:
     product: Product
     operands: tuple[Tensor | None, ...]
     named: dict[str, Any]
+    folds: bool = True  # whether the product can take a norm in
 
     def __call__(
         self, x: Tensor, *, norm: FusedNorm | None = None, residual: Tensor | None = None, swiglu: bool = False
     ) -> Tensor:
         """[..., I] -> [..., O]: n(x) in the place of x; with `swiglu` silu(first half) · second half; plus residual."""
-        extra: dict[str, Any] = {}
-        if norm is not None and norm.folds:
-            extra = {"norm": norm.weight, "eps": norm.eps}
-        elif norm is not None:
+        extra = norm.folded if norm is not None and self.folds else {}
+        if norm is not None and not extra:
             x = norm(x)
         return self.product(x, *self.operands, **self.named, **extra, residual=residual, swiglu=swiglu)
 
@@ -77,12 +78,12 @@ class Store:
     """Makes the engine's matrices of a model's linear layers; dense ones become integers of the given `form`."""
 
     def __init__(self, form: Grouped | None, dtype: torch.dtype, device: torch.device) -> None:
-        self.form = form
+        self.form, self.dtype = form, dtype
         self.laid_out = lays_out(dtype, device)
 
     def matrix(self, module: nn.Module) -> Matrix:
         """That of a linear layer. Raises ConfigError where it is to become integers and is so already."""
-        if isinstance(module, Linear):
+        if type(module) is Linear:
             if self.form is None:
                 return Matrix(dense_matmul, (module.weight,), {"bias": module.bias})
             form = fitting(self.form, module.in_features)
@@ -91,7 +92,7 @@ class Store:
 
     def stack(self, module: nn.Module) -> Matrix:
         """That of every expert."""
-        if isinstance(module, LinearStack):
+        if type(module) is LinearStack:
             if self.form is None:
                 return Matrix(dense_matmul_experts, (module.weight,), {"bias": module.bias})
             form = fitting(self.form, module.weight.shape[-1])
@@ -102,10 +103,10 @@ class Store:
         return self.stored(module)
 
     def stored(self, module: nn.Module) -> Matrix:
-        """That of a layer whose file holds integers."""
+        """That of a layer whose file holds integers, or of one that is not known here and computes by itself."""
         stored = Integers.of(module)
         if stored is None and not isinstance(module, LaidOut):
-            raise TypeError(f"no linear layer: {type(module).__name__}")
+            return Matrix(partial(by_itself, module), (), {}, folds=False)
         if self.form is not None:
             raise ConfigError("the weights are integers already: leave `weights` out, or load a dense checkpoint")
         if stored is not None:
@@ -117,6 +118,18 @@ class Store:
         """A matrix of stored integers, laid out for the kernel if one computes."""
         operands = stored.lay_out() if self.laid_out else (as_codes(stored.packed, stored.bits), *stored[1:3])
         return integer_matrix(operands, stored.bits, stored.group, stored.bias)
+
+
+def known(module: nn.Module) -> bool:
+    """Whether a linear layer is one of the kinds whose matrix the engine takes."""
+    return type(module) in (Linear, LinearStack, LaidOut) or Integers.of(module) is not None
+
+
+def by_itself(module: nn.Module, x: Tensor, *, residual: Tensor | None, swiglu: bool) -> Tensor:
+    """The product that a changed linear layer makes, and what stands behind it."""
+    y: Tensor = module(x)
+    y = fused_swiglu(y) if swiglu else y
+    return y if residual is None else y + residual
 
 
 def lays_out(dtype: torch.dtype, device: torch.device) -> bool:

@@ -1,5 +1,7 @@
 """Norms of the engine: one kernel, or none where the product behind it takes the norm in."""
 
+from typing import Any
+
 import torch
 from glm_kernels import layer_norm, rms_norm
 from torch import Tensor, nn
@@ -12,27 +14,28 @@ room for; and only kernels for 16-bit numbers do it."""
 
 
 class FusedNorm:
-    """An RMSNorm or a LayerNorm of the model, as a function."""
+    """A norm of the model as a function: of an RMSNorm or LayerNorm the kernel, anything else as it is."""
 
     def __init__(self, module: nn.Module) -> None:
-        if isinstance(module, RMSNormModule):
-            self.weight, self.bias, self.eps = module.weight, None, module.spec.eps
-            self.weight_first = module.spec.weight_first
-        elif isinstance(module, nn.LayerNorm):
-            self.weight, self.bias, self.eps = module.weight, module.bias, module.eps
-        else:
-            raise TypeError(f"no norm: {type(module).__name__}")
+        self.module = module
+        self.rms = module if type(module) is RMSNormModule else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        if self.bias is None:
-            return rms_norm(x, self.weight, self.eps, weight_first=self.weight_first)
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        module = self.module
+        if self.rms is not None:
+            return rms_norm(x, self.rms.weight, self.rms.spec.eps, weight_first=self.rms.spec.weight_first)
+        if type(module) is nn.LayerNorm and module.bias is not None:
+            return layer_norm(x, module.weight, module.bias, module.eps)
+        y: Tensor = module(x)
+        return y
 
     @property
-    def folds(self) -> bool:
-        """Whether a product with a matrix can take it in."""
-        return self.bias is None and self.weight.dtype in FOLDED
+    def folded(self) -> dict[str, Any]:
+        """What a product is told that takes this norm in; nothing where it cannot."""
+        if self.rms is None or self.rms.weight.dtype not in FOLDED:
+            return {}
+        return {"norm": self.rms.weight, "eps": self.rms.spec.eps}
 
 
 def fused_norm(module: nn.Module) -> FusedNorm | None:

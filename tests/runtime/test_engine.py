@@ -125,6 +125,70 @@ def test_every_kind_of_layer(name: str) -> None:
         assert new == glm.generate(pure, [*prompts, prompts[0]], max_new_tokens=8, stop=(), **how)
 
 
+class Doubled(nn.Module):
+    """Twice what a module gives."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Any) -> Any:
+        return 2 * self.module(*given)
+
+
+def twice(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass that gives twice as much."""
+
+    def forward(self: Any, *given: Any) -> Any:
+        return 2 * kind.forward(self, *given)
+
+    return type(f"Twice{kind.__name__}", (kind,), {"forward": forward})
+
+
+@pytest.mark.parametrize(
+    "name", ["chatglm", "sandwich", "experts", "experts, groups, int8", "latent", "chatglm2, groups"]
+)
+@pytest.mark.parametrize("subclass", [True, False])
+def test_whatever_is_changed_is_not_computed_otherwise(name: str, subclass: bool) -> None:
+    """Every module of a block and the last norm and head, one at a time, replaced by one that gives twice as much."""
+    changes = 0
+    for where, module in list(made(TOYS[name]).named_modules()):
+        parts = where.split(".")
+        if (parts[0] == "blocks" and parts[1:2] != ["0"]) or parts[0] in ("", "embedding", "prefix") or len(parts) == 2:
+            continue
+        if where == "blocks" or isinstance(module, nn.Identity) or "Router" in type(module).__name__:
+            continue
+        if parts[-2:] == ["mixer", "up"]:
+            continue  # latent attention takes its weight as well as its product
+        pure = made(TOYS[name])
+        changed = pure.get_submodule(where)
+        if subclass:
+            changed.__class__ = twice(type(changed))
+        elif hasattr(changed, "weight") or parts[-1].startswith("wire") or parts[-1] in ("mixer", "feed_forward"):
+            parent = pure.get_submodule(where.rpartition(".")[0])
+            setattr(parent, parts[-1], Doubled(changed))
+        else:
+            continue
+        prompt = toy_prompts(pure.spec)[0]
+        try:
+            with torch.inference_mode():
+                truth = pure(torch.tensor([prompt]))[0]
+        except (AttributeError, TypeError):
+            continue  # the model itself needs more of it than a call
+        engine = Engine(pure, max_length=LONG, chunk=4)
+        assert (engine.read(prompt) - truth).abs().max() <= 1e-9 * truth.abs().max(), where
+        assert engine.generate([prompt], max_new_tokens=4) == glm.generate(pure, [prompt], max_new_tokens=4), where
+        changes += 1
+    assert changes >= 8
+
+
+def test_another_embedding_is_refused() -> None:
+    pure = model()
+    pure.embedding.__class__ = twice(nn.Embedding)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="no other embedding than tables"):
+        Engine(pure, max_length=LONG)
+
+
 def test_tiny_glm_says_the_same_for_200_tokens() -> None:
     folder = glm.embedded()
     pure, tokenizer = GLM.from_pretrained(folder, dtype=torch.float32), glm.Tokenizer.from_pretrained(folder)

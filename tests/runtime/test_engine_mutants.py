@@ -120,10 +120,9 @@ def holds() -> None:
         pure = made(TOYS[name])
         prompts = toy_prompts(pure.spec)
         engine = Engine(pure, max_batch=2, max_length=40, chunk=4)
-        for _ in range(2):
-            assert engine.generate(prompts, max_new_tokens=16, stop=()) == glm.generate(
-                pure, prompts, max_new_tokens=16, stop=()
-            )
+        for how in ({}, {"temperature": 2.0, "seed": 3}):
+            new = engine.generate(prompts, max_new_tokens=12, stop=(), **how)
+            assert new == glm.generate(pure, prompts, max_new_tokens=12, stop=(), **how)
         with torch.inference_mode():
             truth_logits = pure(torch.tensor(prompts[:1]))[0]
             assert (engine.read(prompts[0]) - truth_logits).abs().max() < 1e-10 * truth_logits.abs().max()
