@@ -107,6 +107,7 @@ class Engine:
         self.seats = Seats(max_batch)
         self.pending: deque[Pending] = deque()
         self.recordings: dict[tuple[int, bool], Recording[Outcome]] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     @classmethod
     def from_pretrained(
@@ -405,7 +406,7 @@ class Engine:
         key = rows, plain
         if key not in self.recordings:
             step = partial(advance, self.composed, self.slots, self.rows, rows, plain)
-            self.recordings[key] = Recording(step, self.warm_up, self.device)
+            self.recordings[key] = Recording(step, self.warm_up, self.device, self.pool)
         outcome = self.recordings[key]()
         if self.device.type != "cuda":
             return Pending(writers, outcome, None)

@@ -1,7 +1,7 @@
 """Recordings: a step of the engine as one CUDA graph, so that hundreds of kernels cost the host a single launch."""
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -11,15 +11,20 @@ Result = TypeVar("Result")
 class Recording(Generic[Result]):
     """A function without arguments that reads and writes tensors which stay where they are.
 
-    On a GPU it is recorded at its first call and replayed from then on, and its result is the same tensors each time.
-    `warm_up` is to run it once without any lasting effect: what compiles or allocates at its first call must not do so
-    while recording. On the CPU it is simply called.
+    On a GPU it is recorded at its first call and replayed from then on, and its result is the same tensors each time;
+    they are to be read before another recording of the same `pool` of memory is replayed. `warm_up` is to run the
+    function without any lasting effect: what compiles or allocates at its first call must not do so while recording.
+    On the CPU the function is simply called.
     """
 
     def __init__(
-        self, function: Callable[[], Result], warm_up: Callable[[Callable[[], Result]], None], device: torch.device
+        self,
+        function: Callable[[], Result],
+        warm_up: Callable[[Callable[[], Result]], None],
+        device: torch.device,
+        pool: Any = None,
     ) -> None:
-        self.function, self.warm_up, self.device = function, warm_up, device
+        self.function, self.warm_up, self.device, self.pool = function, warm_up, device, pool
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Result | None = None
 
@@ -35,12 +40,12 @@ class Recording(Generic[Result]):
         return self.result
 
     def record(self) -> None:
-        """Capture the function on a stream of its own."""
+        """Capture the function, on the stream that it was warmed up on: kernels that count have counters there."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self.warm_up(self.function)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=self.pool, stream=stream):
             self.result = self.function()
