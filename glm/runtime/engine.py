@@ -75,7 +75,8 @@ class Engine:
         """Memory for `max_batch` requests of `max_length` tokens, prompt and answer together, is taken here, once.
 
         max_length  None is the model's context, at most 8192.
-        weights     "int8" or "int4" makes such of dense matrices, in groups of 128; None takes them as they are.
+        weights     "int8" or "int4" makes such of dense matrices, in groups of 128; "bf16" leaves dense ones in the
+                    model's dtype, whichever that is; None takes matrices of any kind as they are.
         chunk       tokens of a prompt that are read at once; a model that reads in both directions reads all at once.
         draft       guesses ahead for every request; the ids are the same, they come in fewer steps. See `glm.drafting`.
         release     let go of the model's blocks while composing: memory for one block more, not for a second model.
@@ -93,7 +94,7 @@ class Engine:
         self.model = model if draft is not None else None  # what a drafter is told it guesses for
         spare = self.guesses + self.ahead + 1
         with torch.no_grad():
-            self.composed = Composed(model, length + spare, integer_form(weights), release=release)
+            self.composed = Composed(model, length + spare, integer_form(weights, self.spec.weights), release=release)
             self.slots = Slots(
                 [block.mixer.remembers for block in self.spec.blocks], max_batch, length, spare,
                 dtype=self.dtype, device=self.device, prefix=self.composed.prefix,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from glm.errors import ConfigError
 from glm.grouped import Grouped
-from glm.linear import Linear, LinearStack
+from glm.linear import Dense, Linear, LinearStack, Weights
 from glm.quantization import quantize
 from glm.runtime.laid_out import Integers, LaidOut, as_codes
 from glm.runtime.norms import FusedNorm
@@ -150,10 +150,15 @@ def fitting(form: Grouped, inputs: int) -> Grouped:
     return Grouped(form.bits, next((group for group in groups if inputs % group == 0), None), form.symmetric)
 
 
-def integer_form(weights: str | None) -> Grouped | None:
-    """What `weights` names: "int8" and "int4" are groups of 128 without zero points, None is as the model has them."""
-    if weights is None:
+def integer_form(weights: str | None, stored: Weights) -> Grouped | None:
+    """What dense matrices are to become: "int8" and "int4" are groups of 128 without zero points.
+
+    None is whatever the model has, "bf16" as well if that is dense. Raises ConfigError for anything else.
+    """
+    if weights == "bf16" and stored != Dense():
+        raise ConfigError('the weights are integers already: leave `weights="bf16"` out, or load a dense checkpoint')
+    if weights in (None, "bf16"):
         return None
     if weights not in ("int8", "int4"):
-        raise ConfigError(f'weights is "int8", "int4", or None for those of the model, not {weights!r}')
+        raise ConfigError(f'weights is "bf16", "int8", "int4", or None for those of the model, not {weights!r}')
     return Grouped(int(weights[3:]), 128, symmetric=True)

@@ -96,7 +96,7 @@ def test_weights_become_integers(weights: str) -> None:
 
     pure = model_of(even(native_spec()), 5)
     engine = Engine(pure, max_length=LONG, weights=weights)
-    form = integer_form(weights)
+    form = integer_form(weights, pure.spec.weights)
     assert form is not None
     twin = model_of(even(native_spec()), 5)
     for name, module in twin.named_modules():
@@ -353,7 +353,7 @@ def test_arguments_out_of_range() -> None:
     for options in ({"max_batch": 0}, {"max_length": 0}, {"chunk": -1}, {"max_batch": 1.5}):
         with pytest.raises(GenerationError, match="is a whole number from 1"):
             Engine(pure, **options)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match='weights is "int8", "int4"'):
+    with pytest.raises(ConfigError, match='weights is "bf16", "int8", "int4"'):
         Engine(pure, weights="int3")
     engine = Engine(pure, max_length=LONG)
     for prompt, how in ([[], {}], [[999], {}], [[3], {"temperature": -1.0}], [[3], {"top_p": 0.0}]):
@@ -375,8 +375,11 @@ def test_integers_are_not_made_of_integers() -> None:
     from texts import ALL
 
     folder = ALL["chatglm2-int4"]
-    with pytest.raises(ConfigError, match="are integers already"):
-        Engine(GLM.from_pretrained(folder), weights="int8")
+    for weights in ("int8", "bf16"):
+        with pytest.raises(ConfigError, match="are integers already"):
+            Engine(GLM.from_pretrained(folder), weights=weights)
+    dense = model()
+    assert Engine(dense, max_length=9, weights="bf16").read([3, 4]).equal(Engine(dense, max_length=9).read([3, 4]))
 
 
 def test_learnt_places_end() -> None:
