@@ -3,6 +3,7 @@
 config.json -> family -> spec -> GLM(spec) on the meta device -> filled tensor by tensor from the files
 """
 
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import groupby
@@ -67,6 +68,7 @@ class Opened:
     model       on the meta device
     table       which tensor of `checkpoint` is which part of the model
     ignorable   patterns of the names of tensors that may be there and are not used
+    heads       the head's name, if the model's head is its embedding and the files hold one all the same
     dtype       what floating-point numbers become
     """
 
@@ -75,6 +77,7 @@ class Opened:
     model: GLM
     table: list[Stored]
     ignorable: tuple[str, ...]
+    heads: tuple[str, ...]
     dtype: torch.dtype
 
     @classmethod
@@ -101,7 +104,9 @@ class Opened:
             dtype = stored.dtype if stored is not None and stored.dtype.is_floating_point else torch.float32
         ignorable = generation.unused(spec)
         match(model, checkpoint, table, ignorable)  # a config that does not fit its files is their error, not memory's
-        return cls(base, checkpoint, model, table, ignorable, dtype)
+        spare = generation.spare_head(spec)
+        heads = tuple(name for name in checkpoint.tensors if any(re.fullmatch(head, name) for head in spare))
+        return cls(base, checkpoint, model, table, ignorable, heads, dtype)
 
     @cached_property
     def lines(self) -> dict[str, list[Stored]]:
@@ -126,7 +131,22 @@ class Opened:
             self.model, self.checkpoint, self.table, self.ignorable,
             dtype=self.dtype, device=device, progress=progress,
         )  # fmt: skip
+        self.require_one_head()
         return self.model.train(False)
+
+    def require_one_head(self) -> None:
+        """Raise CheckpointError where the files hold a head of their own for a model whose head is its embedding."""
+        embedding = self.model.embedding.weight.detach()
+        for name in self.heads:
+            info, head = self.checkpoint.tensors[name], torch.empty_like(embedding)
+            fits = info.shape == tuple(head.shape)
+            if fits:
+                read_tensor(name, info, head)
+            if not fits or not torch.equal(head, embedding):
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: config.json says that the head is the embedding, but {name} is "
+                    "another: set tie_word_embeddings to false, or take that tensor out"
+                )
 
     def dealt_out(self, mesh: "DeviceMesh", device: torch.device | str | None, progress: Progress | None) -> GLM:
         """The share of it that belongs to this rank, with its numbers."""

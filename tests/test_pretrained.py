@@ -3,10 +3,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
-from golden_folders import HERE
+from golden_folders import GOLDENS, HERE
 from safetensors.torch import load_file, save_file
 
 import glm
@@ -68,6 +69,20 @@ def test_a_tied_model_may_carry_its_head(tmp_path: Path) -> None:
     ids = torch.tensor([[1, 2, 3]])
     assert after.head.weight is after.embedding.weight
     assert torch.equal(before(ids), after(ids))
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_head_that_the_config_denies_is_refused(tmp_path: Path, rows: int) -> None:
+    folder = GOLDENS / "chatglm3-base"
+    copytree(folder, tmp_path / "tied")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "tied" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["transformer.output_layer.weight"]
+    tensors["transformer.output_layer.weight"] = torch.cat((head, head[:rows])).contiguous()
+    save_file(tensors, tmp_path / "tied" / "model.safetensors")
+    with pytest.raises(glm.CheckpointError, match=r"output_layer\.weight is another: set tie_word_embeddings to false"):
+        glm.GLM.from_pretrained(tmp_path / "tied")
 
 
 @pytest.mark.parametrize("name", sorted(glm.releases()))
