@@ -139,29 +139,12 @@ class Engine:
 
     # ------------------------------------------------------------------------- what a caller asks for
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: int | Iterable[int] | None = None,
-        stop_text: str | Iterable[str] = (),
-        decode: Decode | None = None,
-        keep_stop: bool = False,
-    ) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **options: Any) -> list[list[int]]:
         """Continue each of `prompts`; the arguments, results and errors are those of `glm.generate`.
 
         More prompts than `max_batch` take turns. CacheError for one that is too long for a slot.
         """
-        requests = self.requests(
-            prompts, max_new_tokens, Sampler(temperature, top_k, top_p, repetition_penalty), seed,
-            Ending.of(self.spec.stop if stop is None else stop, stop_text, decode, keep_stop),
-        )  # fmt: skip
+        requests = self.requests(prompts, max_new_tokens=max_new_tokens, **options)
         self.waiting.extend(request for request in requests if request.active)
         try:
             while any(request.active for request in requests):
@@ -179,9 +162,11 @@ class Engine:
 
         Closing the generator, or dropping it, frees the slot. Arguments are checked by the call itself.
         """
-        request = self.submit(prompt, max_new_tokens=max_new_tokens, **options)
+        [request] = self.requests([prompt], max_new_tokens=max_new_tokens, **options)
 
         def tokens() -> Generator[int, None, None]:
+            if request.active:  # not before the first token is asked for: one never asked could not be dropped
+                self.waiting.append(request)
             given = 0
             try:
                 while True:
@@ -197,26 +182,9 @@ class Engine:
 
         return tokens()
 
-    def submit(
-        self,
-        prompt: Sequence[int],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: int | Iterable[int] | None = None,
-        stop_text: str | Iterable[str] = (),
-        decode: Decode | None = None,
-        keep_stop: bool = False,
-    ) -> Request:
+    def submit(self, prompt: Sequence[int], *, max_new_tokens: int, **options: Any) -> Request:
         """A request that `step` works on when its turn has come; the arguments are those of `generate`."""
-        [request] = self.requests(
-            [prompt], max_new_tokens, Sampler(temperature, top_k, top_p, repetition_penalty), seed,
-            Ending.of(self.spec.stop if stop is None else stop, stop_text, decode, keep_stop),
-        )  # fmt: skip
+        [request] = self.requests([prompt], max_new_tokens=max_new_tokens, **options)
         if request.active:
             self.waiting.append(request)
         return request
@@ -264,12 +232,21 @@ class Engine:
     def requests(
         self,
         prompts: Sequence[Sequence[int]],
+        *,
         max_new_tokens: int,
-        sampler: Sampler,
-        seed: int | None,
-        ending: Ending,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: int | Iterable[int] | None = None,
+        stop_text: str | Iterable[str] = (),
+        decode: Decode | None = None,
+        keep_stop: bool = False,
     ) -> list[Request]:
         """One of each prompt. Raises CacheError, and what `generate` raises, for what cannot be answered."""
+        sampler = Sampler(temperature, top_k, top_p, repetition_penalty)
+        ending = Ending.of(self.spec.stop if stop is None else stop, stop_text, decode, keep_stop)
         texts = checked(self.spec, prompts, max_new_tokens, None)
         dice = thrown(texts, seed) if sampler.temperature else [None] * len(texts)
         requests = []

@@ -632,6 +632,8 @@ def test_a_stream_that_is_dropped_frees_its_slot() -> None:
         assert engine.seats.holders != [None]
         tokens.close()
         assert engine.seats.holders == [None]
+    engine.stream([3, 4], max_new_tokens=30, stop=()).close()  # before its first token
+    assert not engine.waiting
     request = engine.submit([3], max_new_tokens=30, stop=())
     engine.cancel(request)
     assert (request.state, len(engine.waiting)) == ("cancelled", 0)
