@@ -20,7 +20,7 @@ from glm.bench.huggingface import Eager
 from glm.bench.prompts import prompts
 from glm.bench.results import RuntimeResults, of_device, read, read_all
 from glm.bench.run import cpu_roofs, measured, run
-from glm.bench.sides import EAGER, GPT_FAST, OURS, STATIC, EngineSide, Setting, Side, makers
+from glm.bench.sides import EAGER, GPT_FAST, OURS, OVERLAP, STATIC, EngineSide, Setting, Side, makers, overlapped
 from glm.bench.stock import Stock, TinyLinear
 from glm.bench.truth import Truth, exact
 from glm.bench.turns import Place
@@ -272,6 +272,27 @@ def test_all_sides_write_the_tokens_of_generate(toy: str) -> None:
         side.start(texts)  # and once more, from the beginning
         decode.steps(side, 12)
         assert [row[:8] for row in side.tokens()] == expected, name
+
+
+def test_the_engine_overlapped_is_a_side_where_a_device_can(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the plain one, in the same run; what kernels do on a CPU stays the same."""
+    assert OVERLAP not in decode.measure(small("decode", toy), PLACE)["sides"]
+    monkeypatch.setattr("glm.bench.sides.makers", lambda: {OURS: EngineSide})
+    monkeypatch.setattr("glm.bench.sides.can_overlap", lambda device: True)
+    row = decode.measure(small("decode", toy), PLACE)
+    assert list(row["sides"]) == [OURS, OVERLAP]
+    assert all(side["seconds"] > 0 for side in row["sides"].values())
+    assert f"× {OVERLAP}" in report.ratios(row)
+    made = {name: make(setting(small("decode", toy))) for name, make in overlapped(CPU).items()}
+    assert [side.engine.overlap for side in made.values() if isinstance(side, EngineSide)] == [True]
+
+
+def test_the_overlapped_engine_is_no_other_side() -> None:
+    row = decoding(batch=32, tokens=32)
+    row["sides"][OVERLAP] = figures(1e-3)
+    results = on_a_gpu(row)
+    value = {goal.name: goal.value(results.rows[0], results) for goal in goals_of(results.rows[0], results)}
+    assert value["decode, batch 32: against every other side"] == pytest.approx(1.1)
 
 
 def test_exact_is_the_model_in_float64(toy: str) -> None:

@@ -1,5 +1,7 @@
 """Decoding: seconds of a step, bytes against the floor, and where the time goes.
 
+Where a device can overlap kernels, the engine is measured both ways, as two sides of the same run.
+
 Every turn begins with `context` tokens in each row. The engine reads prompts one by one while the rows before them
 write already, so that with many rows its own are up to as many tokens longer than is counted.
 """
@@ -36,7 +38,9 @@ def measure(case: RuntimeCase, place: Place, makers: Mapping[str, Maker] | None 
     room = case.context + WARM + max(place.steps, PROFILED) + ahead + 16
     setting = Setting(model, case, max(room, CHECKED + WRITTEN + ahead + 16))
     truth = Truth(model, prompts(case.spec, rows, min(CHECKED, case.context), 1), WRITTEN)
-    sides, found = admitted(every.makers() if makers is None else makers, setting, truth, place)
+    if makers is None:
+        makers = {**every.makers(), **every.overlapped(place.device)}
+    sides, found = admitted(makers, setting, truth, place)
     texts = prompts(case.spec, rows, case.context, 2)
 
     def step(side: Side, turn: int) -> float:

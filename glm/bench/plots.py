@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from glm.bench.cases import shape
-from glm.bench.goals import EAGER, GPT_FAST, OURS, STATIC, seconds, speed
+from glm.bench.goals import EAGER, GPT_FAST, OURS, OVERLAP, STATIC, seconds, speed
 from glm.bench.results import Row, RuntimeResults
 
-COLOURS = {OURS: "#c1272d", GPT_FAST: "#0072b2", EAGER: "#009e73", STATIC: "#e69f00"}
+COLOURS = {OURS: "#c1272d", GPT_FAST: "#0072b2", EAGER: "#009e73", STATIC: "#e69f00", OVERLAP: "#7b5ea7"}
 PARTS = 6  # kernels that have a colour of their own
 STACK = "#c1272d", "#0072b2", "#009e73", "#e69f00", "#7b5ea7", "#8c564b", "#bbbbbb", "#e8e8e8"
 

@@ -6,13 +6,15 @@ says so by MissingError; one that fails in any other way shows as failed. Neithe
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
+from glm_kernels.overlap import can_overlap
 from torch import Tensor
 
 from glm.bench.cases import RuntimeCase
-from glm.bench.goals import EAGER, GPT_FAST, OURS, STATIC
+from glm.bench.goals import EAGER, GPT_FAST, OURS, OVERLAP, STATIC
 from glm.model import GLM
 from glm.runtime import Engine, Request
 from glm.runtime.decoding import read
@@ -73,12 +75,19 @@ def makers() -> Mapping[str, Maker]:
     return {OURS: EngineSide, GPT_FAST: Stock, EAGER: Eager, STATIC: Static}
 
 
-class EngineSide:
-    """The engine."""
+def overlapped(device: torch.device) -> Mapping[str, Maker]:
+    """The engine once more, its kernels overlapping, where the device can do that."""
+    return {OVERLAP: partial(EngineSide, overlap=True)} if can_overlap(device) else {}
 
-    def __init__(self, setting: Setting) -> None:
+
+class EngineSide:
+    """The engine; `overlap` as it has it."""
+
+    def __init__(self, setting: Setting, *, overlap: bool = False) -> None:
         case = setting.case
-        self.engine = Engine(setting.model, max_batch=case.batch, max_length=setting.length, chunk=CHUNK)
+        self.engine = Engine(
+            setting.model, max_batch=case.batch, max_length=setting.length, chunk=CHUNK, overlap=overlap
+        )
         self.requests: list[Request] = []
 
     def logits(self, prompt: Sequence[int]) -> Tensor:

@@ -25,6 +25,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+from glm_kernels import overlapping
 from torch import Tensor
 
 from glm.drafting import Drafter
@@ -71,6 +72,7 @@ class Engine:
         chunk: int = CHUNK,
         draft: Drafter | None = None,
         release: bool = False,
+        overlap: bool = False,
     ) -> None:
         """Memory for `max_batch` requests of `max_length` tokens, prompt and answer together, is taken here, once.
 
@@ -80,6 +82,8 @@ class Engine:
         chunk       tokens of a prompt that are read at once; a model that reads in both directions reads all at once.
         draft       guesses ahead for every request; the ids are the same, they come in fewer steps. See `glm.drafting`.
         release     let go of the model's blocks while composing: memory for one block more, not for a second model.
+        overlap     kernels of a step begin, and fetch their weights, while those before them still run; the ids are
+                    the same. Takes a CUDA device of compute capability 9.0 or later and has no effect on any other.
 
         Raises GenerationError for sizes out of range, ConfigError for a model dealt out to several processes.
         """
@@ -89,6 +93,7 @@ class Engine:
                 raise GenerationError(f"{name} is a whole number from 1, not {value}")
         self.spec, self.dtype, self.device = model.spec, model.dtype, model.device
         self.max_batch, self.max_length, self.chunk, self.draft = max_batch, length, chunk, draft
+        self.overlap = overlap
         self.guesses = 0 if draft is None else draft.guesses
         self.ahead = int(self.device.type == "cuda" and draft is None)  # steps given to the device before one is read
         self.model = model if draft is not None else None  # what a drafter is told it guesses for
@@ -384,6 +389,7 @@ class Engine:
         key = rows, plain
         if key not in self.recordings:
             step = partial(advance, self.composed, self.slots, self.rows, rows, plain)
+            step = overlapping()(step) if self.overlap else step
             self.recordings[key] = Recording(step, self.warm_up, self.device, self.pool)
         outcome = self.recordings[key]()
         if self.device.type != "cuda":

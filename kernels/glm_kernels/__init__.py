@@ -17,6 +17,7 @@ from glm_kernels.int_matmul import (
     int8_prepack,
 )
 from glm_kernels.norms import layer_norm, rms_norm
+from glm_kernels.overlap import overlapping
 from glm_kernels.rotary import rotary, rotary_append
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "int8_matmul_experts",
     "int8_prepack",
     "layer_norm",
+    "overlapping",
     "rms_norm",
     "rotary",
     "rotary_append",

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from glm_kernels.dispatch import Target, jit, takes_kernel, tl, wide
 from glm_kernels.operators import operator
+from glm_kernels.overlap import launched, overlaps, release, tiles_ahead, wait
 from glm_kernels.variants import POINTERS, Variant
 
 KINDS = "silu", "gelu", "gelu_tanh"
@@ -107,7 +108,7 @@ def share_of(a, kind: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit
 def activation_kernel(  # type: ignore[no-untyped-def]
-    a, b, y, x_row, y_row, width, kind: tl.constexpr, block: tl.constexpr
+    a, b, y, x_row, y_row, width, kind: tl.constexpr, block: tl.constexpr, ahead: tl.constexpr
 ):
     """`block` results of a row, f(a) b, or f(a) if b is None."""
     dtype = y.dtype.element_ty
@@ -115,6 +116,9 @@ def activation_kernel(  # type: ignore[no-untyped-def]
     row = (tl.program_id(0) // blocks).to(tl.int64)  # there may be more than 2³¹ elements
     column = tl.program_id(0) % blocks * block + tl.arange(0, block)
     inside = column < width
+    if ahead is not None:  # there are no weights to fetch
+        release()
+        wait()
 
     value = tl.load(a + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
     value *= share_of(value, kind)
@@ -168,11 +172,12 @@ def halves(x: Tensor, part: int) -> tuple[Tensor, Tensor | None]:
 def launch(x: Tensor, y: Tensor, kind: str, part: int) -> None:
     """Fill y [N, F]; rows at any stride."""
     count, width = y.shape
-    a, b = halves(x, part)
+    (a, b), ahead = halves(x, part), tiles_ahead(x)
     with torch.cuda.device_of(x):
         activation_kernel[(count * -(-width // BLOCK),)](
-            a, b, y, x.stride(0), y.stride(0), width, kind, BLOCK, num_warps=WARPS, enable_fp_fusion=True
-        )
+            a, b, y, x.stride(0), y.stride(0), width, kind, BLOCK, ahead,
+            num_warps=WARPS, enable_fp_fusion=True, **launched(ahead),
+        )  # fmt: skip
 
 
 def launch_backward(dy: Tensor, x: Tensor, dx: Tensor, kind: str, part: int) -> None:
@@ -188,15 +193,18 @@ def launch_backward(dy: Tensor, x: Tensor, dx: Tensor, kind: str, part: int) -> 
 
 def variants(target: Target) -> list[Variant]:
     """What a launch can ask for: every form in every dtype, forward and backward."""
-    return [
+    found = [
         variant(kernel, dtype, kind, gated)
         for kernel in (activation_kernel, activation_gradient_kernel)
         for dtype in POINTERS
         for kind, gated in (("silu", True), ("gelu", True), ("gelu_tanh", True), ("gelu", False), ("gelu_tanh", False))
     ]
+    if overlaps(target):
+        found += [variant(activation_kernel, torch.bfloat16, "gelu", gated, ahead=0) for gated in (False, True)]
+    return found
 
 
-def variant(kernel: Any, dtype: torch.dtype, kind: str, gated: bool) -> Variant:
+def variant(kernel: Any, dtype: torch.dtype, kind: str, gated: bool, ahead: int | None = None) -> Variant:
     """One of the kernels for one dtype; GeGLU differs from SwiGLU by the order of the pointers, not by the code."""
     names = kernel.arg_names
     tensors = [name for name in names if name in ("dy", "a", "b", "y", "da", "db")]
@@ -204,8 +212,10 @@ def variant(kernel: Any, dtype: torch.dtype, kind: str, gated: bool) -> Variant:
     types = {name: POINTERS[dtype] for name in tensors if name not in absent}
     types |= {name: "i32" for name in names if name.endswith("_row") or name == "width"}
     values: dict[str, Any] = {name: None for name in tensors if name in absent} | {"kind": kind, "block": BLOCK}
-    label = f"{kind}{' gated' if gated else ''} {POINTERS[dtype][1:]}"
-    return Variant(label, kernel, types, values, {"num_warps": WARPS, "enable_fp_fusion": True})
+    values |= {"ahead": ahead} if "ahead" in names else {}
+    label = f"{kind}{' gated' if gated else ''} {POINTERS[dtype][1:]}{'' if ahead is None else ' overlap'}"
+    options = {"num_warps": WARPS, "enable_fp_fusion": True} | launched(ahead)
+    return Variant(label, kernel, types, values, options)
 
 
 # ----------------------------------------------------------------------------- wrapper

@@ -46,7 +46,9 @@ from glm_kernels import activations
 from glm_kernels.dispatch import INTERPRETED, Target, jit, takes_kernel, target, tl
 from glm_kernels.norms import rms_norm, rms_norm_reference
 from glm_kernels.operators import operator
-from glm_kernels.packed_matmul import COUNTERS, counter_for, joined, joined_squares, matrix
+from glm_kernels.overlap import TILES, fetch, launched, overlaps, release, tiles_ahead, wait
+from glm_kernels.packed_matmul import matrix
+from glm_kernels.splits import COUNTERS, counter_for, join
 from glm_kernels.variants import POINTERS, Variant
 
 MOST_ROWS = 16  # of one matrix that the kernel takes
@@ -180,12 +182,26 @@ def by_tile(  # type: ignore[no-untyped-def]
 
 
 @jit
+def fetch_tiles(  # type: ignore[no-untyped-def]
+    weight, norm, m, height, inputs, first, weight_row, width: tl.constexpr, tiles: tl.constexpr
+):  # fmt: skip
+    """Fetch the first tiles of W for rows m from tile `first` on, and with them the weights of the norm."""
+    sector = tl.arange(0, width // 16) * 16  # 32 bytes
+    row = weight + tl.minimum(m, height - 1).to(tl.int64)[:, None] * weight_row
+    for t in tl.static_range(tiles):
+        column = tl.minimum((first + t) * width + sector, inputs - 1)
+        fetch(row + column[None, :])
+        if norm is not None:
+            fetch(norm + column)
+
+
+@jit
 def dense_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, residual, norm, y, partial, squares, counter, offsets,
     x_row, weight_row, weight_expert, bias_expert, residual_row, y_row,
     N, height, inputs, count, tiles_each, splits, eps,
     rows: tl.constexpr, outs: tl.constexpr, width: tl.constexpr, stages: tl.constexpr, vector: tl.constexpr,
-    gated: tl.constexpr, split: tl.constexpr, experts: tl.constexpr,
+    gated: tl.constexpr, split: tl.constexpr, experts: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     """`rows` rows of y [N, height], or with `gated` [N, height / 2], for `outs` rows of the matrix."""
     block, part = tl.program_id(0), tl.program_id(2)
@@ -195,6 +211,11 @@ def dense_kernel(  # type: ignore[no-untyped-def]
         m = tl.where(pair < height // 2, pair + i % 2 * (height // 2), height)
     else:
         m = tl.program_id(1) * outs + i
+    if ahead is not None:
+        release()
+        if experts == 0:  # whose matrix it is, a kernel before has found out
+            fetch_tiles(weight, norm, m, height, inputs, part * tiles_each, weight_row, width, ahead)
+        wait()
     if experts == 0:
         first_row, end = block * rows, N
     else:
@@ -222,21 +243,9 @@ def dense_kernel(  # type: ignore[no-untyped-def]
 
     finished = True
     if split:
-        plane = tl.cast(N, tl.int64) * height
-        at = partial + part.to(tl.int64) * plane + n[None, :] * height + m[:, None]
-        tl.store(at, acc, mask=(m < height)[:, None] & there[None, :])
-        if norm is not None:  # [splits, blocks of outputs, N]: who adds them up is of the same block
-            squares += tl.program_id(1).to(tl.int64) * N
-            squares_plane = tl.num_programs(1).to(tl.int64) * N
-            tl.store(squares + part * squares_plane + n, square, mask=there)
-        tl.debug_barrier()
-        tally = counter + block * tl.num_programs(1) + tl.program_id(1)
-        finished = tl.atomic_add(tally, 1) == splits - 1
-        if finished:
-            tl.store(tally, 0)  # as the next launch wants it
-            acc = joined(partial, n, there, m, height, plane, height, splits, rows, outs)
-            if norm is not None:
-                square = joined_squares(squares, n, there, squares_plane, splits, rows)
+        finished, acc, _, square = join(
+            acc, acc, square, partial, squares, counter, n, there, m, height, N, height, splits, rows, outs, False
+        )
     if finished:
         if norm is not None:
             acc *= tl.rsqrt(square / inputs + eps)[None, :]
@@ -330,6 +339,7 @@ def launch(
         if norm is not None:
             squares = x.new_empty(splits, out_blocks, N, dtype=torch.float32)
     padded = 1 << (experts - 1).bit_length() if experts else 0
+    ahead = tiles_ahead(x)
     with torch.cuda.device_of(x):
         dense_kernel[(row_blocks, out_blocks, splits)](
             x, weight, bias, residual, norm, y, partial, squares, counter, offsets,
@@ -337,8 +347,8 @@ def launch(
             bias.stride(0) if bias is not None and experts else 0,
             0 if residual is None else residual.stride(0), y.stride(0),
             N, height, inputs, experts, each, splits, eps,
-            shape.rows, shape.outs, shape.width, shape.stages, shape.vector, gated, splits > 1, padded,
-            **options(shape),
+            shape.rows, shape.outs, shape.width, shape.stages, shape.vector, gated, splits > 1, padded, ahead,
+            **options(shape), **launched(ahead),
         )  # fmt: skip
 
 
@@ -349,7 +359,7 @@ def options(shape: Shape) -> dict[str, Any]:
 
 def variant(
     device: Target, dtype: torch.dtype, rows: int, *, small: bool = False, bias: bool = False, residual: bool = False,
-    norm: bool = False, gated: bool = False, split: bool = False, experts: int = 0,
+    norm: bool = False, gated: bool = False, split: bool = False, experts: int = 0, ahead: int | None = None,
 ) -> Variant:  # fmt: skip
     """The kernel as a launch on this path compiles it, for a matrix of few outputs if `small`."""
     shape = shape_of_launch(rows, 1024 if small else 1 << 16, 132, device)
@@ -366,20 +376,21 @@ def variant(
     values: dict[str, Any] = {name: None for name, there in given.items() if not there}
     values |= {
         "rows": rows, "outs": shape.outs, "width": shape.width, "stages": shape.stages, "vector": shape.vector,
-        "gated": gated, "split": split, "experts": experts,
+        "gated": gated, "split": split, "experts": experts, "ahead": ahead,
     }  # fmt: skip
     more = {
         "small": small, "split": split, "bias": bias, "residual": residual, "norm": norm, "swiglu": gated,
-        f"{experts} experts": experts,
+        f"{experts} experts": experts, "overlap": ahead is not None,
     }  # fmt: skip
     label = " ".join([POINTERS[dtype][1:], f"rows {rows}", *(name for name, there in more.items() if there)])
-    return Variant(label, dense_kernel, types, values, options(shape), {"N", "count", "tiles_each", "splits"})
+    told = options(shape) | launched(ahead)
+    return Variant(label, dense_kernel, types, values, told, {"N", "count", "tiles_each", "splits"})
 
 
 def variants(device: Target) -> list[Variant]:
     """What launches ask for: every path plain, and with what stands around a product in a model."""
     bfloat, half = torch.bfloat16, torch.float16
-    return [
+    found = [
         variant(device, bfloat, 1),
         variant(device, bfloat, 1, norm=True, gated=True),
         variant(device, bfloat, 1, small=True, split=True, bias=True, norm=True),
@@ -391,6 +402,17 @@ def variants(device: Target) -> list[Variant]:
         variant(device, half, 1),
         variant(device, half, 16),
     ]
+    if overlaps(device):
+        found += [
+            variant(device, bfloat, 1, ahead=TILES),
+            variant(device, bfloat, 1, norm=True, gated=True, ahead=TILES),
+            variant(device, bfloat, 1, small=True, split=True, bias=True, norm=True, ahead=TILES),
+            variant(device, bfloat, 2, residual=True, ahead=TILES),
+            variant(device, bfloat, 16, split=True, bias=True, residual=True, ahead=TILES),
+            variant(device, bfloat, 16, split=True, norm=True, gated=True, ahead=TILES),
+            variant(device, bfloat, 1, gated=True, experts=128, ahead=TILES),
+        ]
+    return found
 
 
 # ----------------------------------------------------------------------------- wrapper

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from glm_kernels.dispatch import Target, jit, takes_kernel, tl, wide
 from glm_kernels.operators import operator
+from glm_kernels.overlap import TILES, fetch, launched, overlaps, release, tiles_ahead, wait
 from glm_kernels.variants import POINTERS, Variant
 
 WIDEST = 16384  # a row is held in the registers of one program
@@ -100,7 +101,7 @@ def backward_reference(
 @jit
 def norm_kernel(  # type: ignore[no-untyped-def]
     x, residual, weight, bias, y, s, x_row, residual_row, y_row, s_row, width, eps,
-    weight_first: tl.constexpr, block: tl.constexpr,
+    weight_first: tl.constexpr, block: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     """One row of y, and of s unless residual is None: a LayerNorm, or an RMSNorm if bias is None.
 
@@ -111,6 +112,14 @@ def norm_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)  # there may be more than 2³¹ elements
     column = tl.arange(0, block)
     inside = column < width
+    if ahead is not None:
+        release()
+        if ahead > 0:
+            sector = tl.minimum(tl.arange(0, (block + 7) // 8) * 8, width - 1)  # 32 bytes in float32
+            fetch(weight + sector)
+            if bias is not None:
+                fetch(bias + sector)
+        wait()
 
     h = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
@@ -199,10 +208,11 @@ def launch(
     count, width = x.shape
     block, warps = shape_of_launch(width)
     strides = [0 if rows is None else rows.stride(0) for rows in (x, residual, y, s)]
+    ahead = tiles_ahead(x)
     with torch.cuda.device_of(x):
         norm_kernel[(count,)](
-            x, residual, weight, bias, y, s, *strides, width, eps, weight_first, block,
-            num_warps=warps, enable_fp_fusion=True,
+            x, residual, weight, bias, y, s, *strides, width, eps, weight_first, block, ahead,
+            num_warps=warps, enable_fp_fusion=True, **launched(ahead),
         )  # fmt: skip
 
 
@@ -247,6 +257,8 @@ def variants(target: Target) -> list[Variant]:
         for centred in (False, True)
         for width, added, parameters in ((WIDEST, True, True), (8192, True, True), (4096, False, False))
     ]
+    if overlaps(target):
+        forward += [variant(torch.bfloat16, 4096, True, kind, TILES) for kind in ("weight first", "layer")]
     return forward + backward + [fold_variant(dtype) for dtype in POINTERS]
 
 
@@ -275,16 +287,17 @@ def gradient_variant(dtype: torch.dtype, width: int, added: bool, centred: bool,
     return Variant(label, norm_gradient_kernel, types, values, options, ("count",), hot)
 
 
-def variant(dtype: torch.dtype, width: int, added: bool, kind: str) -> Variant:
+def variant(dtype: torch.dtype, width: int, added: bool, kind: str, ahead: int | None = None) -> Variant:
     """The norm of `kind` as a launch at this width compiles it."""
     block, warps = shape_of_launch(width)
     tensors = {"x": True, "residual": added, "weight": True, "bias": kind == "layer", "y": True, "s": added}
     types = {name: POINTERS[dtype] for name, given in tensors.items() if given}
     types |= dict.fromkeys(["x_row", "residual_row", "y_row", "s_row", "width"], "i32") | {"eps": "fp32"}
     values: dict[str, Any] = {name: None for name, given in tensors.items() if not given}
-    values |= {"weight_first": kind == "weight first", "block": block}
-    label = f"{kind}{' added' if added else ''} {width} {POINTERS[dtype][1:]}"
-    return Variant(label, norm_kernel, types, values, {"num_warps": warps, "enable_fp_fusion": True})
+    values |= {"weight_first": kind == "weight first", "block": block, "ahead": ahead}
+    label = f"{kind}{' added' if added else ''} {width} {POINTERS[dtype][1:]}{'' if ahead is None else ' overlap'}"
+    options = {"num_warps": warps, "enable_fp_fusion": True} | launched(ahead)
+    return Variant(label, norm_kernel, types, values, options)
 
 
 # ----------------------------------------------------------------------------- wrapper

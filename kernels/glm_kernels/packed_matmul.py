@@ -23,6 +23,7 @@ once; the squares are summed beside the product, and r waits until the end. A sp
 only, so it leaves them too. Every block of outputs sums the squares of its rows anew.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,11 +33,12 @@ from torch.nn import functional as F
 from glm_kernels.dispatch import INTERPRETED, Target, jit, takes_kernel, target, tl, triton
 from glm_kernels.norms import rms_norm_reference
 from glm_kernels.operators import operator
+from glm_kernels.overlap import TILES, fetch, launched, overlaps, release, tiles_ahead, wait
 from glm_kernels.packing import CHUNK, Prepacked, as_bytes, dequantised, prepack, unprepack
+from glm_kernels.splits import COUNTERS, counter_for, join
 from glm_kernels.variants import POINTERS, Variant
 
 MOST_SPLITS = 16
-COUNTERS = 1 << 16
 
 # ----------------------------------------------------------------------------- kernel
 
@@ -149,24 +151,28 @@ def product(  # type: ignore[no-untyped-def]
 
 
 @jit
-def joined(  # type: ignore[no-untyped-def]
-    partial, n, there, o, outputs, plane, row, splits, rows: tl.constexpr, outs: tl.constexpr
+def fetch_tiles(  # type: ignore[no-untyped-def]
+    words, scales, zeros, norm, o, outputs, inputs, first, words_tile, scales_group,
+    bits: tl.constexpr, group: tl.constexpr, chunk: tl.constexpr, gated: tl.constexpr, tiles: tl.constexpr,
 ):  # fmt: skip
-    """The sum of what all splits left, first to last."""
-    acc = tl.zeros([outs, rows], tl.float32)
-    for k in range(splits):
-        at = partial + tl.cast(k, tl.int64) * plane + n[None, :] * row + o[:, None]
-        acc += tl.load(at, mask=there[None, :] & (o < outputs)[:, None], other=0.0, cache_modifier=".cg")
-    return acc
-
-
-@jit
-def joined_squares(squares, n, there, plane, splits, rows: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The same of the rows' squares."""
-    square = tl.zeros([rows], tl.float32)
-    for k in range(splits):
-        square += tl.load(squares + tl.cast(k, tl.int64) * plane + n, mask=there, other=0.0, cache_modifier=".cg")
-    return square
+    """Fetch the first tiles of words for outputs o from tile `first` on, with their scales and weights of the norm."""
+    width: tl.constexpr = 16 // bits * chunk
+    sector = tl.arange(0, chunk // 16) * 16  # 32 bytes
+    columns = tl.arange(0, width // 16) * 16
+    for t in tl.static_range(tiles):
+        tile = tl.minimum(first + t, tl.cdiv(inputs, width) - 1)
+        for half in tl.static_range(1 + gated):  # gate and up
+            row = tl.minimum(o, outputs - 1) + half * outputs
+            fetch(words + tl.cast(tile, tl.int64) * words_tile + (row[:, None] * chunk + sector[None, :]))
+            if group != 0 or t == 0:
+                at = row
+                if group != 0:
+                    at = row + tile * width // group * scales_group
+                fetch(scales + at)
+                if zeros is not None:
+                    fetch(zeros + at)
+        if norm is not None:
+            fetch(norm + tl.minimum(tile * width + columns, inputs - 1))
 
 
 @jit
@@ -176,11 +182,19 @@ def packed_kernel(  # type: ignore[no-untyped-def]
     N, outputs, inputs, tiles_each, splits, eps,
     bits: tl.constexpr, group: tl.constexpr, per_scale: tl.constexpr, rows: tl.constexpr, outs: tl.constexpr,
     chunk: tl.constexpr, fold: tl.constexpr, gated: tl.constexpr, split: tl.constexpr, experts: tl.constexpr,
-    asm: tl.constexpr,
+    asm: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     """`rows` rows of `outs` outputs of y [N, outputs]; with `gated` the matrix has twice as many rows."""
     block, part = tl.program_id(0), tl.program_id(2)
     o = tl.program_id(1) * outs + tl.arange(0, outs)
+    if ahead is not None:
+        release()
+        if experts == 0:  # whose matrix it is, a kernel before has found out
+            fetch_tiles(
+                words, scales, zeros, norm, o, outputs, inputs, part * tiles_each, words_tile, scales_group,
+                bits, group, chunk, gated, ahead,
+            )  # fmt: skip
+        wait()
     if experts == 0:
         first_row, end = block * rows, N
     else:  # block counts through the experts' blocks of rows, whose number is known on the device only
@@ -225,25 +239,9 @@ def packed_kernel(  # type: ignore[no-untyped-def]
 
     finished = True
     if split:
-        plane = tl.cast(N, tl.int64) * height
-        at = partial + part.to(tl.int64) * plane + n[None, :] * height + o[:, None]
-        tl.store(at, acc, mask=inside)
-        if gated:
-            tl.store(at + outputs, up, mask=inside)
-        if norm is not None:  # [splits, blocks of outputs, N]: who adds them up is of the same block
-            squares += tl.program_id(1).to(tl.int64) * N
-            squares_plane = tl.num_programs(1).to(tl.int64) * N
-            tl.store(squares + part * squares_plane + n, square, mask=there)
-        tl.debug_barrier()
-        tally = counter + block * tl.num_programs(1) + tl.program_id(1)
-        finished = tl.atomic_add(tally, 1) == splits - 1
-        if finished:
-            tl.store(tally, 0)  # as the next launch wants it
-            acc = joined(partial, n, there, o, outputs, plane, height, splits, rows, outs)
-            if gated:
-                up = joined(partial + outputs, n, there, o, outputs, plane, height, splits, rows, outs)
-            if norm is not None:
-                square = joined_squares(squares, n, there, squares_plane, splits, rows)
+        finished, acc, up, square = join(
+            acc, up, square, partial, squares, counter, n, there, o, outputs, N, height, splits, rows, outs, gated
+        )
     if finished:
         if norm is not None:
             r = tl.rsqrt(square / inputs + eps)[None, :]
@@ -314,17 +312,6 @@ def chunks_a_scale(group: int, inputs: int, bits: int) -> int:
     return next(n for n in (4, 2, 1) if n <= chunks and group % (n * CHUNK) == 0)
 
 
-COUNTER: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def counter_for(x: Tensor) -> Tensor:
-    """Zeros, which every launch leaves as zeros: one for each stream, since those of one follow each other."""
-    key = x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    if key not in COUNTER:
-        COUNTER[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
-    return COUNTER[key]
-
-
 def options(shape: Shape) -> dict[str, Any]:
     """What the compiler is told."""
     return {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": True}
@@ -359,7 +346,7 @@ def launch(
     if offsets is not None:
         padded = max(1, 1 << (experts - 1).bit_length())
         offsets = torch.cat((offsets, offsets[-1:].expand(padded - experts))) if padded > experts else offsets
-    asm = device.backend == "cuda" and not INTERPRETED
+    asm, ahead = device.backend == "cuda" and not INTERPRETED, tiles_ahead(x)
     with torch.cuda.device_of(x):
         packed_kernel[(row_blocks, out_blocks, splits)](
             x, words, scales, zeros, bias, residual, norm, y, partial, squares, counter, offsets,
@@ -368,14 +355,14 @@ def launch(
             bias.stride(0) if bias is not None and experts else 0,
             N, outputs, inputs, each, splits, eps,
             bits, group if per_scale else 0, per_scale, shape.rows, shape.outs, CHUNK, shape.fold, gated, splits > 1,
-            padded, asm, **options(shape),
+            padded, asm, ahead, **options(shape), **launched(ahead),
         )  # fmt: skip
 
 
 def variant(
     device: Target, bits: int, dtype: torch.dtype, rows: int, per_scale: int, *,
     zeros: bool = False, bias: bool = False, residual: bool = False, norm: bool = False, gated: bool = False,
-    experts: int = 0,
+    experts: int = 0, ahead: int | None = None,
 ) -> Variant:  # fmt: skip
     """The kernel as a launch on this path compiles it."""
     shape = shape_of_launch(rows, device, norm and gated)
@@ -394,15 +381,15 @@ def variant(
     values |= {
         "bits": bits, "group": per_scale * CHUNK, "per_scale": per_scale, "rows": rows, "outs": shape.outs,
         "chunk": CHUNK, "fold": shape.fold,
-        "gated": gated, "split": split, "experts": experts, "asm": device.backend == "cuda",
+        "gated": gated, "split": split, "experts": experts, "asm": device.backend == "cuda", "ahead": ahead,
     }  # fmt: skip
     scale = "row" if per_scale == 0 else f"group {per_scale * CHUNK}"
     more = {
         "asymmetric": zeros, "bias": bias, "residual": residual, "norm": norm, "swiglu": gated,
-        f"{experts} experts": experts,
+        f"{experts} experts": experts, "overlap": ahead is not None,
     }  # fmt: skip
     label = " ".join([f"int{bits}", POINTERS[dtype][1:], f"rows {rows}", scale, *(k for k, v in more.items() if v)])
-    return Variant(label, packed_kernel, types, values, options(shape), {"N", "tiles_each", "splits"})
+    return Variant(label, packed_kernel, types, values, options(shape) | launched(ahead), {"N", "tiles_each", "splits"})
 
 
 def variants(device: Target) -> list[Variant]:
@@ -424,6 +411,11 @@ def variants_of(bits: int, device: Target) -> list[Variant]:
         found.append(variant(device, bits, torch.float16, rows, most))
         found.append(variant(device, bits, torch.float16, rows, 0, bias=True))
         found += [variant(device, bits, torch.bfloat16, rows, n) for n in (1, 2) if n < most]
+    for rows in paths[:2] if overlaps(device) else ():  # what a decode step asks for
+        early = partial(variant, device, bits, torch.bfloat16, rows, ahead=TILES)
+        found += [early(most), early(0, bias=True), early(most, zeros=True, residual=True)]
+        found += [early(most, norm=True, gated=gated) for gated in (False, True)]
+        found.append(early(most, gated=True, experts=128))
     return found
 
 

@@ -64,12 +64,14 @@ class Compiled:
                   are kept in lanes of vector registers)
     shared        bytes of shared memory of one program
     code          the machine code, on AMD its assembly
+    ptx           on NVIDIA what it was assembled from
     """
 
     registers: int
     spilled: int
     shared: int
     code: bytes
+    ptx: str = ""
 
     @functools.cached_property
     def text(self) -> str:
@@ -116,7 +118,7 @@ def compile(variant: Variant, target: Target) -> Compiled:
     usage = tool("cuobjdump", "--dump-resource-usage", built.asm["cubin"])
     spilled = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))  # tensor memory brings functions of its own
-    return Compiled(registers, spilled, shared, built.asm["cubin"])
+    return Compiled(registers, spilled, shared, built.asm["cubin"], built.asm["ptx"])
 
 
 def number(pattern: str, text: str) -> int:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from glm_kernels import dense_matmul, dense_matmul_experts
+from glm_kernels import dense_matmul, dense_matmul_experts, splits
 from glm_kernels.dispatch import Target
 from glm_kernels.variants import TARGETS, compile
 from harness import (
@@ -110,7 +110,7 @@ def launched(case: Case, given: dict[str, Any]) -> Tensor:
         gated=case.swiglu, eps=given["eps"] or 0.0, shape=dense.Shape(case.path, outs, width, vector, 4, 2),
         splits=case.splits,
     )  # fmt: skip
-    assert all((counter == 0).all() for counter in dense.counter_for.__globals__["COUNTER"].values())
+    assert all((counter == 0).all() for counter in splits.COUNTER.values())
     return y.written()
 
 
@@ -303,9 +303,9 @@ MUTANTS = {  # name: kernel, what is replaced, by what
     "stride of the residual": ("dense_kernel", "n[None, :] * residual_row", "n[None, :] * y_row"),
     "eps lost": ("dense_kernel", "square / inputs + eps", "square / inputs"),
     "splits overlap": ("dense_kernel", "first + tiles_each", "first + tiles_each + 1"),
-    "joined too early": ("dense_kernel", "== splits - 1", "== splits - 2"),
-    "counter left as it is": ("dense_kernel", "tl.store(tally, 0)", "pass"),
-    "squares left by the first split alone": ("dense_kernel", "squares + part * squares_plane", "squares"),
+    "joined too early": ("join", "== splits - 1", "== splits - 2"),
+    "counter left as it is": ("join", "tl.store(tally, 0)", "pass"),
+    "squares left by the first split alone": ("join", "squares + part * squares_plane", "squares"),
     "one expert's matrix for all": ("dense_kernel", "weight += expert * weight_expert", "pass"),
     "one expert's bias for all": ("dense_kernel", "bias += expert * bias_expert", "pass"),
     "an empty expert has a block": ("block_of", "(upto <= block)", "(upto < block)"),
@@ -324,8 +324,12 @@ def check_short() -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     where, right, wrong = MUTANTS[name]
-    put_in(monkeypatch, tmp_path, dense, where, right, wrong)
-    monkeypatch.setitem(dense.counter_for.__globals__, "COUNTER", {})
+    if where == "join":
+        put_in(monkeypatch, tmp_path, splits, where, right, wrong)
+        monkeypatch.setattr(dense, where, splits.join)
+    else:
+        put_in(monkeypatch, tmp_path, dense, where, right, wrong)
+    monkeypatch.setattr(splits, "COUNTER", {})
     with pytest.raises(AssertionError):
         check_short()
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import glm_kernels
 import pytest
 import torch
-from glm_kernels import packed_matmul, packing
+from glm_kernels import packed_matmul, packing, splits
 from glm_kernels.dispatch import Target
 from glm_kernels.variants import TARGETS, compile
 from harness import DEVICES, DTYPES, INTERPRETED, directly, judge, kernel, needs_triton, put_in, rerun
@@ -254,8 +254,8 @@ MUTANTS = {  # name: kernel, what is replaced, by what
     "stride of x ignored": ("product", "n[:, None] * x_row", "n[:, None] * inputs"),
     "a split too few": ("joined", "range(splits)", "range(splits - 1)"),
     "a split summed twice": ("joined", "tl.cast(k, tl.int64) * plane", "tl.cast(tl.maximum(k, 1), tl.int64) * plane"),
-    "joined too early": ("packed_kernel", "== splits - 1", "== splits - 2"),
-    "counter left as it is": ("packed_kernel", "tl.store(tally, 0)", "pass"),
+    "joined too early": ("join", "== splits - 1", "== splits - 2"),
+    "counter left as it is": ("join", "tl.store(tally, 0)", "pass"),
     "gate and up exchanged": ("packed_kernel", "acc / (1.0 + tl.exp(-acc)) * up", "up / (1.0 + tl.exp(-up)) * acc"),
     "bias of the gate for both": ("packed_kernel", "bias + outputs + o", "bias + o"),
     "stride of the residual": ("packed_kernel", "n[None, :] * residual_row", "n[None, :] * y_row"),
@@ -271,7 +271,7 @@ NORM_MUTANTS = {
         "packed_kernel", "square / inputs", "square / (tiles * (16 // bits * chunk))",
     ),
     "squares of one split only": ("joined_squares", "range(splits)", "range(1)"),
-    "squares left by the first split alone": ("packed_kernel", "squares + part * squares_plane", "squares"),
+    "squares left by the first split alone": ("join", "squares + part * squares_plane", "squares"),
     "one row's squares for all": ("joined_squares", "* plane + n,", "* plane + n * 0,"),
     "squares of what is weighted": (
         "product", "square += raw * raw",
@@ -284,6 +284,7 @@ NORM_MUTANTS = {
     ),
     "up half not normalised": ("packed_kernel", "up *= r", "pass"),
 }  # fmt: skip
+JOINING = "join", "joined", "joined_squares"  # of splits.py
 TRIED = [(4, name) for name in MUTANTS | NORM_MUTANTS]
 TRIED += [(8, name) for name, (where, *_) in (MUTANTS | NORM_MUTANTS).items() if where in ("numbers", "product")]
 FOLDED = Case(9, 20, 192, 64, True, path=8, fold=True)
@@ -301,8 +302,12 @@ def check_short(bits: int, short: tuple[Case, ...] = SHORT) -> None:
 @pytest.mark.parametrize(("bits", "name"), TRIED, ids=lambda value: f"int{value}" if isinstance(value, int) else value)
 def test_mutant_is_caught(bits: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where, right, wrong = (MUTANTS | NORM_MUTANTS)[name]
-    put_in(monkeypatch, tmp_path, packed_matmul, where, right, wrong)
-    monkeypatch.setattr(packed_matmul, "COUNTER", {})
+    if where in JOINING:
+        put_in(monkeypatch, tmp_path, splits, where, right, wrong)
+        monkeypatch.setattr(packed_matmul, "join", splits.join)
+    else:
+        put_in(monkeypatch, tmp_path, packed_matmul, where, right, wrong)
+    monkeypatch.setattr(splits, "COUNTER", {})
 
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
         check_short(bits, NORMED if name in NORM_MUTANTS else SHORT)

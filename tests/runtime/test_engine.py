@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from glm_kernels.overlap import AHEAD, TILES
 from hypothesis import given
 from hypothesis import strategies as st
 from test_drafting import Told
@@ -70,6 +71,23 @@ def test_tokens_are_those_of_generate(
         assert engine.generate(prompts, max_new_tokens=9, **how) == glm.generate(
             model, prompts, max_new_tokens=9, **how
         )
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_steps_overlap_and_prompts_do_not(overlap: bool) -> None:
+    """On a device that cannot, the tokens are the same and nothing else happens."""
+    pure = model()
+    engine = Engine(pure, max_length=LONG, overlap=overlap)
+    seen, logits = [], engine.composed.logits
+
+    def watched(x: Tensor) -> Tensor:
+        seen.append(AHEAD.get())
+        return logits(x)
+
+    engine.composed.logits = watched  # type: ignore[method-assign]
+    assert engine.generate([[3, 4, 5]], max_new_tokens=4, stop=()) == [plain(pure, [3, 4, 5], 4, stop=())]
+    assert seen == [None] + [TILES if overlap else None] * 3
+    assert AHEAD.get() is None
 
 
 def test_stop_strings_and_nothing_asked_for() -> None:

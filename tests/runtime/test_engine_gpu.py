@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from glm_kernels.overlap import can_overlap
 from harness import gpu, judge
 from test_engine import generations, model, run
 from test_generation import model_of, native_spec
@@ -62,6 +63,23 @@ def test_a_replayed_step_is_the_step(dtype: torch.dtype, weights: str | None, mo
     assert (
         Engine(pure, max_batch=4, max_length=256, weights=weights).generate(prompts, max_new_tokens=60, stop=()) == new
     )
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_overlapped_steps_give_the_same_tokens(weights: str | None) -> None:
+    """Recorded and replayed many times, one row and several, bit for bit: a kernel that did not wait would show."""
+    if not can_overlap(torch.device(CUDA, 0)):
+        pytest.skip("needs compute capability 9.0")
+    spec = native_spec(vocabulary=512, layers=6, groups=2, each=4, head_width=64)
+    pure = model_of(spec, 1).to(CUDA, torch.bfloat16)
+    prompts = [[3, 4, 5], [6] * 40, [7, 8], [9]]
+    for batch in (1, 4):
+        plain = Engine(pure, max_batch=batch, max_length=256, weights=weights)
+        new = plain.generate(prompts, max_new_tokens=150, stop=())
+        assert len({tuple(ids) for ids in new}) > 1
+        engine = Engine(pure, max_batch=batch, max_length=256, weights=weights, overlap=True)
+        for _ in range(5):
+            assert engine.generate(prompts, max_new_tokens=150, stop=()) == new
 
 
 @pytest.mark.parametrize("guesses", [1, 3, 7])

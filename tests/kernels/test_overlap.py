@@ -1,0 +1,238 @@
+"""Overlap: when launches ask for it, and that no kernel touches what another may have written before it waits."""
+
+import re
+import threading
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import early
+import pytest
+import torch
+from glm_kernels import (
+    dense_matmul,
+    gelu,
+    int4_matmul,
+    int4_prepack,
+    layer_norm,
+    overlap,
+    overlapping,
+    rms_norm,
+)
+from glm_kernels.dispatch import Target
+from glm_kernels.overlap import AHEAD, TILES, can_overlap, overlaps, tiles_ahead
+from glm_kernels.variants import TARGETS, Variant, compile
+from harness import directly, gpu, needs_triton, put_in
+
+HOPPER = TARGETS[2]
+KERNELS = {  # file: its kernel, and what of its arguments are weights
+    "activations": ("activation_kernel", ()),
+    "norms": ("norm_kernel", ("weight", "bias")),
+    "dense_matmul": ("dense_kernel", ("weight", "norm")),
+    "packed_matmul": ("packed_kernel", ("words", "scales", "zeros", "norm")),
+}
+MODULES: dict[str, Any] = {name: import_module(f"glm_kernels.{name}") for name in KERNELS}
+
+# ----------------------------------------------------------------------------- the context
+
+
+def test_the_context_ends() -> None:
+    assert AHEAD.get() is None
+    with overlapping(2):
+        assert AHEAD.get() == 2
+        with overlapping():
+            assert AHEAD.get() == TILES
+        assert AHEAD.get() == 2
+    assert AHEAD.get() is None
+    with pytest.raises(KeyError), overlapping():
+        raise KeyError
+    assert AHEAD.get() is None
+
+
+def test_as_a_decorator_it_holds_for_every_call() -> None:
+    inside = overlapping(3)(AHEAD.get)
+    assert [inside(), AHEAD.get(), inside()] == [3, None, 3]
+
+
+def test_it_holds_for_the_thread_that_enters_it() -> None:
+    seen = []
+    with overlapping():
+        other = threading.Thread(target=lambda: seen.append(AHEAD.get()))
+        other.start()
+        other.join()
+    assert seen == [None]
+
+
+def test_fewer_tiles_than_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="0 or more, not -1"), overlapping(-1):
+        pass
+
+
+def test_only_devices_that_can() -> None:
+    assert [target.arch for target in TARGETS if overlaps(target)] == [90, 100]
+    assert overlaps(Target("cuda", 120))
+    assert not overlaps(Target("hip", "gfx950"))
+    assert not can_overlap(torch.device("cpu"))
+    with overlapping():
+        assert tiles_ahead(torch.ones(1)) is None
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_capability_decides(device: str) -> None:
+    with overlapping(2):
+        can = torch.cuda.get_device_capability() >= (9, 0) and torch.version.hip is None
+        assert tiles_ahead(torch.ones(1, device=device)) == (2 if can else None)
+
+
+# ----------------------------------------------------------------------------- launches
+
+
+class Watched:
+    """Stands in for a kernel and keeps what it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.names, self.launches = kernel.arg_names, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.launched
+
+    def launched(self, *given: Any, **options: Any) -> None:
+        self.launches.append((dict(zip(self.names, given, strict=True)), options))
+
+
+def everything() -> None:
+    """A launch of every kernel: activation, norms, products of both kinds."""
+    x, w = torch.ones(2, 64, dtype=torch.float16), torch.ones(64, dtype=torch.float16)
+    gelu(x, tanh=False)
+    rms_norm(x, w, 1e-5, weight_first=True)
+    layer_norm(x, w, w, 1e-5)
+    dense_matmul(x, torch.ones(32, 64, dtype=torch.float16))
+    packed, scales = torch.zeros(32, 32, dtype=torch.uint8), torch.ones(32, 1, dtype=torch.float16)
+    int4_matmul(x, *int4_prepack(packed, scales, None), group=64)
+
+
+@directly
+@needs_triton
+@pytest.mark.parametrize("can", [False, True])
+def test_launches_say_so(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside the context, on a device that can, and nowhere else."""
+    monkeypatch.setattr(overlap, "can_overlap", lambda device: can)
+    watched = []
+    for name, (kernel, _) in KERNELS.items():
+        stand_in = Watched(getattr(MODULES[name], kernel))
+        watched.append(stand_in)
+        monkeypatch.setattr(MODULES[name], kernel, stand_in)
+        monkeypatch.setattr(MODULES[name], "takes_kernel", lambda x: True)
+    everything()
+    with overlapping(3):
+        everything()
+    everything()
+    for stand_in in watched:
+        per = len(stand_in.launches) // 3
+        assert per >= 1
+        for number, (given, options) in enumerate(stand_in.launches):
+            inside = can and number // per == 1
+            assert given["ahead"] == (3 if inside else None)
+            assert options.get("launch_pdl", "not said") == (True if inside else "not said")
+            assert options["num_warps"] >= 1
+
+
+# ----------------------------------------------------------------------------- machine code
+
+
+def overlapped(name: str) -> list[Variant]:
+    """The variants of a file that overlap, of those tried here."""
+    return [one for one in MODULES[name].variants(HOPPER) if one.values.get("ahead") is not None]
+
+
+def faults(name: str, variant: Variant) -> list[str]:
+    """What the variant does too early, in PTX and in the machine code."""
+    built = compile(variant, HOPPER)
+    arguments = [argument for argument in variant.kernel.arg_names if argument in variant.types]
+    pointers = [argument for argument, kind in variant.types.items() if kind.startswith("*")]
+    wrong = early.faults(built.ptx, arguments, pointers, KERNELS[name][1])
+    order = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", built.text, re.MULTILINE)
+    before = order[: order.index("ACQBULK")] if "ACQBULK" in order else order  # the wait
+    touched = r"(LDG|LDL|LD|STG|STL|ST|LDGSTS|ATOM|ATOMG|RED|UBLKCP|BRA|EXIT)(\.|$)"
+    wrong += [f"{each} stands before the wait" for each in before if re.match(touched, each)]
+    if built.spilled:
+        wrong.append("registers spill")
+    return wrong
+
+
+@directly
+@needs_triton
+@pytest.mark.parametrize("name", KERNELS)
+def test_nothing_is_touched_before_the_wait(name: str) -> None:
+    variants = overlapped(name)
+    assert variants
+    for variant in variants:
+        assert faults(name, variant) == [], variant.name
+        assert variant.options["launch_pdl"]
+
+
+@directly
+@needs_triton
+@pytest.mark.parametrize("name", KERNELS)
+def test_weights_are_fetched_before_the_wait(name: str) -> None:
+    """Of experts nothing: whose matrix it is, stands in what a kernel before wrote."""
+    for variant in overlapped(name):
+        before = compile(variant, HOPPER).ptx.partition(early.WAIT)[0]
+        wanted = KERNELS[name][1] and not variant.values.get("experts")
+        assert bool(before.count("prefetch.global.L2")) == bool(wanted), variant.name
+
+
+@directly
+@needs_triton
+@pytest.mark.parametrize("name", KERNELS)
+def test_nothing_of_it_is_left_where_it_is_off(name: str) -> None:
+    for variant in MODULES[name].variants(HOPPER)[:2]:
+        assert variant.values["ahead"] is None
+        assert "launch_pdl" not in variant.options
+        ptx = compile(variant, HOPPER).ptx
+        assert "griddepcontrol" not in ptx
+        assert "prefetch" not in ptx
+
+
+# ----------------------------------------------------------------------------- faults on purpose
+
+FIRST_LOAD = "    h = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)\n"
+LATE = "    if ahead is not None:\n        wait()\n"
+MUTANTS = {  # name: file, what overlaps, kernel, what is replaced, by what, what is found
+    "no wait": ("norms", 0, "norm_kernel", "        wait()\n", "", "wait stands there 0 times"),
+    "the wait behind the first load": (
+        "norms", 0, "norm_kernel", f"        wait()\n\n{FIRST_LOAD}", f"\n{FIRST_LOAD}{LATE}", "of x stands before",
+    ),
+    "the wait behind a store": (
+        "activations", 0, "activation_kernel", "        wait()\n",
+        "        tl.store(y + row * y_row + column, 0.0, mask=inside)\n        wait()\n", "of y stands before",
+    ),
+    "the wait in a branch": (
+        "norms", 0, "norm_kernel", "        wait()\n", "        if row > 0:\n            wait()\n", "bra",
+    ),
+    "no release": ("norms", 0, "norm_kernel", "        release()\n", "", "launch_dependents stands there 0 times"),
+    "another tensor fetched": ("norms", 0, "norm_kernel", "fetch(weight +", "fetch(x +", "of x stands before"),
+    "x fetched by a product": (
+        "dense_matmul", 0, "dense_kernel", "fetch_tiles(weight,", "fetch_tiles(x,", "of x stands before",
+    ),
+    "an expert looked up too early": (
+        "dense_matmul", -1, "dense_kernel", "        release()\n",
+        "        release()\n        block += tl.load(offsets)\n", "of offsets stands before",
+    ),
+    "an expert of integers looked up too early": (
+        "packed_matmul", 5, "packed_kernel", "        release()\n",
+        "        release()\n        block += tl.load(offsets)\n", "of offsets stands before",
+    ),
+}  # fmt: skip
+
+
+@directly
+@needs_triton
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, number, kernel, right, wrong, found = MUTANTS[name]
+    module: ModuleType = MODULES[file]
+    put_in(monkeypatch, tmp_path, module, kernel, right, wrong)
+    assert found in "; ".join(faults(file, overlapped(file)[number]))
