@@ -3,6 +3,7 @@
 import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,8 @@ from glm_kernels import (
 from glm_kernels.dispatch import Target
 from glm_kernels.overlap import AHEAD, TILES, can_overlap, overlaps, tiles_ahead
 from glm_kernels.variants import TARGETS, Variant, compile
-from harness import directly, gpu, needs_triton, put_in
+from harness import directly, gpu, kernel, needs_triton, put_in, rerun
+from torch import Tensor
 
 HOPPER = TARGETS[2]
 KERNELS = {  # file: its kernel, and what of its arguments are weights
@@ -120,10 +122,10 @@ def test_launches_say_so(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside the context, on a device that can, and nowhere else."""
     monkeypatch.setattr(overlap, "can_overlap", lambda device: can)
     watched = []
-    for name, (kernel, _) in KERNELS.items():
-        stand_in = Watched(getattr(MODULES[name], kernel))
+    for name, (its, _) in KERNELS.items():
+        stand_in = Watched(getattr(MODULES[name], its))
         watched.append(stand_in)
-        monkeypatch.setattr(MODULES[name], kernel, stand_in)
+        monkeypatch.setattr(MODULES[name], its, stand_in)
         monkeypatch.setattr(MODULES[name], "takes_kernel", lambda x: True)
     everything()
     with overlapping(3):
@@ -196,6 +198,82 @@ def test_nothing_of_it_is_left_where_it_is_off(name: str) -> None:
         assert "prefetch" not in ptx
 
 
+# ----------------------------------------------------------------------------- what is fetched
+
+
+def fetched(module: Any, call: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, set[int]]:
+    """The result of a call in the interpreter that fetches two tiles ahead, and the addresses it fetches."""
+    addresses: set[int] = set()
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "tiles_ahead", lambda x: 2)
+        patched.setattr(module, "launched", lambda ahead: {})
+        patched.setattr(module, "release", lambda: None)
+        patched.setattr(module, "wait", lambda: None)
+        patched.setattr(module, "fetch", lambda pointers: addresses.update(pointers.handle.data.flatten().tolist()))
+        return call(), addresses
+
+
+def sectors(x: Tensor, some: Any = slice(None), each: int = 16) -> set[int]:
+    """The addresses of every 16th column, in all rows of a part of x."""
+    place = torch.arange(x.untyped_storage().nbytes() // x.element_size()).as_strided(x.shape, x.stride())
+    assert x.storage_offset() == 0
+    return {x.data_ptr() + x.element_size() * int(n) for n in place[some][..., ::each].flatten()}
+
+
+@kernel
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_a_product_fetches_what_it_reads_first(rows: int, swiglu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every row of the matrix, of the norm, and nothing outside, at odd sizes; the result stays the same."""
+    x, norm = torch.randn(rows, 2100).half(), torch.randn(2100).half()
+    w = torch.randn(10, 2150).half()[:, :2100]
+    call = partial(dense_matmul, x, w, norm=norm, eps=1e-5, swiglu=swiglu)
+    y, found = fetched(MODULES["dense_matmul"], call, monkeypatch)
+    width, begins = (512, (0,)) if rows == 1 else (128, (0, 9))  # of 17 tiles, in two splits
+    wanted = set()
+    for first in begins:
+        some = slice(first * width, (first + 2) * width)
+        wanted |= sectors(w, (slice(None), some)) | sectors(norm, some)
+    assert found >= wanted
+    assert found <= sectors(w, each=1) | sectors(norm, each=1)
+    assert len(found - wanted) <= 11 + 1, "no more than the last column of each row"
+    assert torch.equal(y, call())
+
+
+@kernel
+@pytest.mark.parametrize("group", [64, 640])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_integers_are_fetched_with_their_scales(group: int, swiglu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, norm = torch.randn(3, 640).half(), torch.randn(640).half()
+    codes, scale = torch.randint(0, 256, (22, 320), dtype=torch.uint8), torch.rand(22, 640 // group).half()
+    words, scales, zeros = int4_prepack(codes, scale, torch.randint(-8, 8, scale.shape, dtype=torch.int8))
+    call = partial(int4_matmul, x, words, scales, zeros, group=group, norm=norm, eps=1e-5, swiglu=swiglu)
+    y, found = fetched(MODULES["packed_matmul"], call, monkeypatch)
+    rows = 128 // group if group < 128 else 1
+    of_scales = sectors(scales, slice(0, 2 * rows, rows), 1) | sectors(zeros, slice(0, 2 * rows, rows), 1)
+    wanted = sectors(words, slice(0, 2)) | of_scales | sectors(norm, slice(0, 256))
+    assert found >= wanted
+    assert found <= wanted | sectors(words) | sectors(scales, each=1) | sectors(zeros, each=1) | sectors(norm)
+    assert torch.equal(y, call())
+
+
+@kernel
+@pytest.mark.parametrize("width", [1, 9, 100])
+def test_a_norm_fetches_its_weights(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = torch.randn(3, width), torch.randn(width), torch.randn(width)
+    call = partial(layer_norm, x, weight, bias, 1e-5)
+    y, found = fetched(MODULES["norms"], call, monkeypatch)
+    assert found >= sectors(weight, each=8) | sectors(bias, each=8)
+    assert found <= sectors(weight, each=1) | sectors(bias, each=1)
+    assert torch.equal(y, call())
+
+
+@directly
+@needs_triton
+def test_in_the_interpreter() -> None:
+    rerun(__file__, at_least=11)
+
+
 # ----------------------------------------------------------------------------- faults on purpose
 
 FIRST_LOAD = "    h = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)\n"
@@ -232,7 +310,7 @@ MUTANTS = {  # name: file, what overlaps, kernel, what is replaced, by what, wha
 @needs_triton
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, number, kernel, right, wrong, found = MUTANTS[name]
+    file, number, its, right, wrong, found = MUTANTS[name]
     module: ModuleType = MODULES[file]
-    put_in(monkeypatch, tmp_path, module, kernel, right, wrong)
+    put_in(monkeypatch, tmp_path, module, its, right, wrong)
     assert found in "; ".join(faults(file, overlapped(file)[number]))
