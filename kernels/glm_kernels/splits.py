@@ -53,12 +53,11 @@ def join(  # type: ignore[no-untyped-def]
     Returns whether this program is the last of its block, and then the sums over all splits of acc, up and square.
     """
     part = tl.program_id(2)
-    inside = (o < outputs)[:, None] & there[None, :]
     plane = tl.cast(N, tl.int64) * height
     at = partial + part.to(tl.int64) * plane + n[None, :] * height + o[:, None]
-    tl.store(at, acc, mask=inside)
+    tl.store(at, acc, mask=(o < outputs)[:, None] & there[None, :])
     if both:
-        tl.store(at + outputs, up, mask=inside)
+        tl.store(at + outputs, up, mask=(o < outputs)[:, None] & there[None, :])
     if squares is not None:
         squares += tl.program_id(1).to(tl.int64) * N
         squares_plane = tl.num_programs(1).to(tl.int64) * N
