@@ -381,11 +381,7 @@ class Engine:
             rows *= 2
         rows = min(rows, self.max_batch)
         plain = all(r.sampler.temperature == 0 and r.sampler.repetition_penalty == 1 for r in writers.values())
-        key = rows, plain
-        if key not in self.recordings:
-            step = partial(advance, self.composed, self.slots, self.rows, rows, plain)
-            self.recordings[key] = Recording(step, self.warm_up, self.device, self.pool)
-        outcome = self.recordings[key]()
+        outcome = self.advance(rows, plain)
         if self.device.type != "cuda":
             return Pending(writers, outcome, None)
         ids, kept = (  # a copy each, since the next replay writes to the same place
@@ -395,6 +391,14 @@ class Engine:
         ready = torch.cuda.Event()
         ready.record()
         return Pending(writers, Outcome(ids, kept, outcome.stream), ready)
+
+    def advance(self, rows: int, plain: bool) -> Outcome:
+        """A step of the first `rows` rows, from its recording."""
+        key = rows, plain
+        if key not in self.recordings:
+            step = partial(advance, self.composed, self.slots, self.rows, rows, plain)
+            self.recordings[key] = Recording(step, self.warm_up, self.device, self.pool)
+        return self.recordings[key]()
 
     def settle(self, pending: Pending) -> None:
         """Read what a step gave, and tell the requests."""
