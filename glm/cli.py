@@ -487,7 +487,8 @@ def info(
 ) -> None:
     """What a model is made of, and whether it fits into memory.
 
-    Reads no weights: of a hub id, only the config is fetched.
+    Reads no weights: of a hub id, only the config is fetched. int8 and int4 are the matrices of the blocks in groups
+    of 128, as `glm quantize` writes them, and the rest in bfloat16; "stored" is what the files have.
     """
     from glm.info import describe
     from glm.memory import size
@@ -516,8 +517,8 @@ def releases() -> None:
     """The published checkpoints, with their sizes and the card they fit.
 
     Columns: parameters (all/active) in 10⁹; weights in GB as bfloat16 and with the matrices of the blocks in int4
-    (groups of 128, 0.516 B a weight); KiB of cache a token; context (k = 1024); and the smallest card, in GB of
-    memory, that holds one sequence of 8k tokens. `glm info NAME` says all of one.
+    (groups of 128, 0.516 B a weight, as in `glm info`); KiB of cache a token; context (k = 1024); and the smallest
+    card, in GB of memory, that holds one sequence of 8k tokens. `glm info NAME` says all of one.
     """
     from glm.cards import HEAD, family_table
 

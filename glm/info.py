@@ -22,9 +22,10 @@ from glm.errors import CheckpointError, GLMError, MemoryFitError
 from glm.experts import Experts
 from glm.family.generation import Generation, Release
 from glm.fields import read_object
+from glm.grouped import Grouped, fitting
 from glm.hub import fetch
 from glm.layout import Causal
-from glm.linear import Dense, RowScaled, Weights
+from glm.linear import Dense, Weights
 from glm.memory import Found, memory_found, size
 from glm.model import GLM
 from glm.spec import Block, Spec
@@ -33,13 +34,37 @@ from glm.tensor_file import PIECE as FILE_PIECE
 USUAL_CONTEXT = 2048  # tokens to leave room for where nobody said how many
 PIECE = 2048  # tokens of a prompt that go through a causal model at once
 
+
+class Groups(Grouped):
+    """As `Grouped`, for any model: a matrix takes the largest group that divides its rows, as in `glm.Engine`.
+
+    One whose rows do not fill 32-bit words stays dense.
+    """
+
+    def form(self, inputs: int) -> Weights:
+        """That of a matrix with so many columns."""
+        return Dense() if inputs * self.bits % 32 else fitting(self, inputs)
+
+    def linear(self, inputs: int, outputs: int, bias: bool) -> torch.nn.Module:
+        """A module [..., inputs] -> [..., outputs]."""
+        return self.form(inputs).linear(inputs, outputs, bias)
+
+    def stack(self, count: int, inputs: int, outputs: int, bias: bool) -> torch.nn.Module:
+        """`count` such layers in one."""
+        return self.form(inputs).stack(count, inputs, outputs, bias)
+
+
 STORAGES: dict[str, tuple[torch.dtype, Weights]] = {
     "fp32": (torch.float32, Dense()),
     "bf16": (torch.bfloat16, Dense()),
-    "int8": (torch.bfloat16, RowScaled(8)),
-    "int4": (torch.bfloat16, RowScaled(4)),
+    "int8": (torch.bfloat16, Groups(8, 128, symmetric=True)),
+    "int4": (torch.bfloat16, Groups(4, 128, symmetric=True)),
 }
-"""Ways to store a model: the dtype of embedding, head, norms and cache, and how the matrices of the blocks lie."""
+"""Ways to store a model: the dtype of embedding, head, norms and cache, and how the matrices of the blocks lie.
+
+Integers are those that `glm quantize` writes and `glm.Engine` makes: a scale for each 128 columns of a row, 0.516 bytes
+a weight in four bits. The official files have one scale for a whole row; "stored" counts those.
+"""
 
 DTYPES = {
     "float64": torch.float64,

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from glm import info, memory
 from glm.checkpoint import Checkpoint
+from glm.compress import compress
 from glm.errors import CheckpointError, GLMError, MemoryFitError
 from glm.family import release, releases
 from glm.grouped import Grouped
@@ -97,6 +98,36 @@ def test_groups_take_a_scale_each_and_possibly_a_zero_point(group: int | None, g
     assert info.weight_bytes(integer, torch.bfloat16) == info.weight_bytes(dense, torch.bfloat16) - saved
     one = info.working_bytes(integer, torch.bfloat16, 1) - info.working_bytes(dense, torch.bfloat16, 1)
     assert one == (2 + 2 * 2) * 2 * F * D - FILE_PIECE  # the largest matrix, written out
+
+
+@pytest.mark.parametrize("way", ["int4", "int8"])
+def test_integers_asked_for_are_those_that_quantize_writes(tmp_path: Path, way: str) -> None:
+    """Counted in the file: `glm info` of the dense checkpoint said it before."""
+    dense, small = tmp_path / "dense", tmp_path / "small"
+    synthesize("glm-base", dense, layers=1)
+    compress(dense, small, Grouped(int(way[3:]), 128, symmetric=True), method="nearest", quiet=True)
+    with safe_open(small / "model.safetensors", "pt") as file:
+        found = [file.get_tensor(name) for name in file.keys() if "shape" not in name]  # noqa: SIM118 (not a dict)
+    assert info.describe(dense).needs[way].weights == sum(x.nbytes for x in found)
+    assert info.describe(small).need.weights == info.describe(dense).needs[way].weights
+
+
+@pytest.mark.parametrize(
+    ("columns", "form"), [(256, Grouped(4, 128, True)), (96, Grouped(4, 32, True)), (40, Grouped(4, None, True))]
+)
+def test_rows_that_128_does_not_divide_take_smaller_groups(columns: int, form: Grouped) -> None:
+    made, expected = (way.stack(3, columns, 5, True) for way in (info.STORAGES["int4"][1], form))
+    assert {name: x.shape for name, x in made.state_dict().items()} == {
+        name: x.shape for name, x in expected.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("folder", HERE, ids=lambda folder: folder.name)
+def test_every_shape_has_a_size_in_every_storage(folder: Path) -> None:
+    """Matrices whose rows fill no words stay dense."""
+    sizes = {way: need.weights for way, need in info.describe(folder).needs.items()}
+    assert sizes["int4"] <= sizes["int8"] <= sizes["bf16"] < sizes["fp32"]
+    assert info.STORAGES["int4"][1].linear(20, 5, False).weight.dtype.is_floating_point  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("folder", HERE, ids=lambda folder: folder.name)

@@ -91,8 +91,9 @@ def test_stop_strings_and_nothing_asked_for() -> None:
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_weights_become_integers(weights: str) -> None:
     """What comes out is what a model says whose matrices are those integers, written out."""
+    from glm.grouped import fitting
     from glm.quantization import dequantize, quantize
-    from glm.runtime.matrices import fitting, integer_form
+    from glm.runtime.matrices import integer_form
 
     pure = model_of(even(native_spec()), 5)
     engine = Engine(pure, max_length=LONG, weights=weights)
