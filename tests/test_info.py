@@ -188,6 +188,66 @@ def test_what_is_needed_is_enough_and_not_far_more(tmp_path: Path, name: str, le
     assert needed <= 2 * taken
 
 
+LONG = """
+import re, sys
+from dataclasses import replace
+import torch
+from glm import info
+from glm.layout import Layout
+from glm.model import GLM
+from glm.pretrained import described
+from glm.checkpoint import Checkpoint
+from pathlib import Path
+folder, keys, value = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+spec = described(Checkpoint.open(folder), folder.name)[1]
+sizes = dict(heads=8, rank=64, plain=64, rotary=32, value=value)
+for block in spec.blocks[:1]:
+    mixer, rotary = block.mixer, spec.rotary
+    if hasattr(mixer, "attention"):
+        mixer = replace(mixer, attention=replace(mixer.attention, **sizes), indexer=replace(mixer.indexer, width=32))
+    elif hasattr(mixer, "rank"):
+        mixer = replace(mixer, **sizes)
+    if mixer is not block.mixer:
+        rotary = replace(rotary, widths=(32,))
+    spec = replace(spec, blocks=(replace(block, mixer=mixer),), context=keys, rotary=rotary)
+model = GLM(spec, dtype=torch.float32, device="cpu", seed=0)
+T = info.PIECE
+def read(length):
+    cache = model.new_cache(1, length)
+    cache.filled = max(0, length - T)
+    new = torch.arange(cache.filled, length)[None, :, None]
+    with torch.inference_mode():
+        model(torch.ones(1, new.shape[1], dtype=torch.long), Layout.rule(new, length), cache, last=True)
+read(64)
+before = peak()
+read(keys)
+need = info.need(spec, torch.float32, keys)
+print(peak() - before, need.cache + need.working - info.FILE_PIECE)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured as Linux does")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chatglm3-base", 0),
+        ("hf_glm4_moe_lite-sensitive", 96),  # as wide as a key, like those that are published
+        ("hf_glm4_moe_lite-sensitive", 64),
+        ("hf_glm_moe_dsa-base", 96),
+    ],
+)
+def test_the_last_piece_of_a_long_text_has_what_it_needs(name: str, value: int) -> None:
+    """Of attention, latent attention and sparse attention: a mask, the keys of all heads, the scores of all pairs."""
+    folder = next(folder for folder in HERE if folder.name == name)
+    command = [sys.executable, "-c", LONG, str(folder), str(6 * info.PIECE), str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, check=False)
+    assert done.returncode == 0, done.stderr
+    taken, needed = map(int, done.stdout.split())
+    assert taken <= needed + (20 << 20), "code and threads take memory, too"
+    assert needed <= 2 * taken
+
+
 # -- fitting -----------------------------------------------------------------------------------------------------------
 
 
