@@ -708,12 +708,15 @@ def prepack(
 ) -> None:
     """Lay integer weights out for the kernels, once, so that the engine starts sooner on a GPU.
 
-    Writes prepacked.safetensors beside the checkpoint, as large as its integers. `glm quantize` does so by itself.
+    Writes prepacked.safetensors beside the checkpoint, as large as its integers: of a hub id into the cache of the hub
+    on this machine, where the engine looks for it under that id. `glm quantize` does so by itself.
     """
     alone("prepack")
     from glm.runtime.prepacked import prepack as lay_out
 
     note(f"{lay_out(source)} is written")
+    if not Path(source).expanduser().is_dir():
+        note(f"that is in the hub's cache, beside what was fetched of {source}; deleting that deletes it too")
 
 
 def form(weights: str, group: str, symmetric: bool) -> "Grouped":

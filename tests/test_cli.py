@@ -557,6 +557,25 @@ def test_prepack_writes_what_quantize_leaves_out(run: Run, small: str, tmp_path:
         assert file.exists()
 
 
+def test_prepack_of_a_hub_id_says_that_it_writes_into_the_cache(
+    run: Run, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There it is found under the same id, since all look into the same folder."""
+    from glm.pretrained import Opened
+    from glm.runtime.prepacked import tensors_of
+
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.parent.mkdir()
+    assert run("quantize", small, str(snapshot), "--group", "32", "--no-prepacked").status == 0
+    monkeypatch.setattr("glm.hub.download", lambda id, revision, patterns: snapshot)
+    done = run("prepack", "someone/something")
+    assert (done.status, done.out) == (0, "")
+    written, where = done.err.splitlines()
+    assert written == f"{snapshot / 'prepacked.safetensors'} is written"
+    assert where.startswith("that is in the hub's cache, beside what was fetched of someone/something")
+    assert tensors_of(Opened.of("someone/something"))
+
+
 def test_accuracy_of_text_and_of_random_ids(run: Run, small: str, tmp_path: Path) -> None:
     book, out = tmp_path / "book.txt", tmp_path / "out.json"
     book.write_text("Call me Ishmael. " * 20)
