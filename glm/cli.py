@@ -333,7 +333,8 @@ def chat(
     source: Source = "",
     system: Annotated[str | None, option("TEXT", "Instructions that stand before the conversation.")] = None,
     rounds: Annotated[
-        int | None, option("N", "Earlier rounds to show the model.", "all that fit; to tiny-glm two")
+        int | None,
+        option("N", "Earlier rounds to show the model.", "what the checkpoint says, else all that fit"),
     ] = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -355,10 +356,9 @@ def chat(
     from glm.talk import Talk
 
     name = called(source or embedded())
-    if rounds is None and name == "tiny-glm":
-        rounds = 2  # no more than it was trained with
     talk = Talk(
-        writer, tokenizer, system=system, rounds=rounds, max_new_tokens=max_new_tokens,
+        writer, tokenizer, system=system, max_new_tokens=max_new_tokens,
+        rounds=tokenizer.rounds if rounds is None else rounds,
         temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed, **how,
     )  # fmt: skip
     if terminal():

@@ -298,6 +298,27 @@ def test_as_many_rounds_are_shown_as_asked_for(run: Run, small: str) -> None:
     assert said("--rounds", "9") == said()
 
 
+def test_a_checkpoint_says_how_many_rounds_it_is_shown(run: Run, small: str, tmp_path: Path) -> None:
+    def said(*options: str) -> list[str]:
+        return run("chat", str(folder), "--max-new-tokens", "5", *options, typed="one\ntwo\nthree\n").out.splitlines()
+
+    folder = tmp_path / "any-name"
+    shutil.copytree(small, folder)
+    all_that_fit = said()
+    config = folder / "tokenizer_config.json"
+    fields = json.loads(config.read_text()) if config.exists() else {}
+    config.write_text(json.dumps(fields | {"earlier_rounds": 0}))
+    assert said() == [expected(small, text, length=5) for text in ("one", "two", "three")]
+    assert said("--rounds", "9") == all_that_fit != said()
+    config.write_text(json.dumps(fields | {"earlier_rounds": 1}))
+    assert said() == said("--rounds", "1")
+    for wrong in (-1, "two", True, 1.5):
+        config.write_text(json.dumps(fields | {"earlier_rounds": wrong}))
+        ran = run("chat", str(folder), typed="one\n")
+        assert ran.status == 1
+        assert "earlier_rounds in tokenizer_config.json is" in ran.err
+
+
 class Typed:
     """A keyboard: gives its lines to `input`, then the end of the file."""
 
