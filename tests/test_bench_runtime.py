@@ -470,6 +470,13 @@ def test_a_side_whose_experts_cannot_be_seen_is_told_so() -> None:
     assert truth_of(given).faults(Stock(replace(given, model=worn))).endswith("cannot be seen of this side)")
 
 
+def test_a_refusal_says_where_chosen_keys_are_not_seen() -> None:
+    given = setting(case("decode", str(GOLDENS / "hf_glm_moe_dsa-base"), "fp32", CPU, context=20, batch=2))
+    assert truth_of(given).faults(EngineSide(given)) == ""
+    broken = changed_engine(lambda experts: setattr(experts, "shared", None))
+    assert truth_of(given).faults(broken(given)).endswith("other keys to attend to, which is not seen)")
+
+
 def test_a_side_that_is_right_only_at_first_is_refused(toy: str) -> None:
     class Tired(Stock):
         """Its weights wear out."""

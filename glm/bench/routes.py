@@ -7,6 +7,9 @@ of a better one where the errors of both scores together exceed the distance of 
 FACTOR times those of the pure model, so a choice is explained where the best expert that was left out is better than
 the worst that was chosen by at most 2 FACTOR times those. (Of several groups of experts only those are chosen from that
 float64 chooses from: a group that was mistaken for another is not explained.)
+
+Which keys an indexer chooses for sparse attention jumps in the same way, and is not seen: there a right side can be
+refused, and `Truth` says so beside the refusal.
 """
 
 from collections.abc import Iterator

@@ -22,6 +22,7 @@ from glm.bench.routes import Routes, forced, routers, unexplained
 from glm.bench.sides import EngineSide, Prompts, Side
 from glm.cache import Notes
 from glm.model import GLM
+from glm.sparse_attention import IndexerModule
 
 ROWS = 16384  # of the head that are float64 at once
 
@@ -80,6 +81,13 @@ class Truth:
 
     def faults(self, side: Side) -> str:
         """What is wrong with a side, or nothing."""
+        wrong = self.fault(side)
+        if wrong and any(isinstance(module, IndexerModule) for module in self.model.modules()):
+            return f"{wrong} (or a rounding chose other keys to attend to, which is not seen)"
+        return wrong
+
+    def fault(self, side: Side) -> str:
+        """The same, without what cannot be told."""
         if not routers(self.model):
             return self.wrong(self.said(side, None))
         if not isinstance(side, EngineSide):
