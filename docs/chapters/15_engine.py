@@ -104,8 +104,8 @@ def launched(name: str, layers: int) -> tuple[Counter[str], Counter[str]]:
         toy(new.expand(1, 3), glm.Layout.rule(places[:, :3]), cache)
         with counts[0]:
             toy(new, glm.Layout.rule(places[:, 3:], 4), cache)
-        fast.rows.busy.fill_(True)
         fast.rows.at.fill_(3)
+        fast.rows.length.fill_(4)
         with counts[1]:
             read(fast.composed, fast.slots, fast.rows, new)
     return counts[0].calls, counts[1].calls
