@@ -78,7 +78,7 @@ def launch(logits: Tensor, ids: Tensor, tops: Tensor, leaders: Tensor, block: in
 
 
 def variants(target: Target) -> list[Variant]:
-    """The part in every dtype; the join for the vocabularies of the releases, 50304 to 151552, and smaller ones."""
+    """The part in every dtype; the join for vocabularies of up to 65536, 131072 and 262144."""
     part = {"tops": "*fp32", "leaders": "*i32", "row_stride": "i32", "V": "i32", "parts": "i32"}
     join = {"tops": "*fp32", "leaders": "*i32", "ids": "*i64", "parts": "i32"}
     odd, one = ("parts",), {"num_warps": 1}
