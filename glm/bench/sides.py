@@ -18,6 +18,7 @@ from glm.bench.routes import Routes
 from glm.model import GLM
 from glm.runtime import Engine, Request
 from glm.runtime.decoding import Outcome, advance, read
+from glm.runtime.sampling import Choice
 
 CHUNK = 8192  # tokens of a prompt that the engine reads at once
 
@@ -88,11 +89,11 @@ class SeenEngine(Engine):
             self.routes.read(slot, start)
         return found
 
-    def advance(self, rows: int, plain: bool) -> Outcome:
+    def advance(self, rows: int, choice: Choice) -> Outcome:
         """A step."""
         if self.routes is None:
-            return super().advance(rows, plain)
-        found = advance(self.composed, self.slots, self.rows, rows, plain)
+            return super().advance(rows, choice)
+        found = advance(self.composed, self.slots, self.rows, rows, choice)
         self.routes.wrote(list(self.seats.writing()))
         return found
 

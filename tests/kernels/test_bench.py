@@ -28,6 +28,7 @@ from glm_kernels.bench import (
     activations,
     attention,
     cases,
+    choice,
     command,
     decode,
     dense,
@@ -200,6 +201,8 @@ def test_elementwise_work_is_what_is_read_and_written() -> None:
         assert dense.cublas(case, inputs)().nbytes == dense.outputs(case)
         assert dense.work(case).bytes == nbytes(inputs) + dense.outputs(case)
     assert int4.work(product).bytes == nbytes(int4.make_inputs(product, CPU, 0)) + int4.outputs(product)
+    chosen = choice.ChoiceCase(model="tiny", dtype="float16", vocabulary=40, rows=3)
+    assert choice.work(chosen).bytes == nbytes(choice.make_inputs(chosen, CPU, 0)) + choice.outputs(chosen)
     for append in ("", "float32", "int8"):
         turned = small_rotary(append=append)
         inputs = {name: x for name, x in rotary.make_inputs(turned, CPU, 0).items() if name != "at"}
@@ -231,6 +234,7 @@ def test_the_models_sizes_are_the_published_ones(release: str) -> None:
     assert activation == model.activation
     first = getattr(block.norm, "weight_first", None)
     assert model.norm == {None: "layer", True: "rms before", False: "rms after"}[first]
+    assert choice.VOCABULARIES.get(model, found.spec.vocabulary) == found.spec.vocabulary
     turns: Any = found.spec.rotary
     assert (turns.pairing, turns.widths) == model.rotary
 
@@ -364,6 +368,7 @@ FEW: list[tuple[Subject[Any], Case]] = [  # for the interpreter, which is slow, 
     (activations.SUBJECT, activations.ActivationCase(model="tiny", kind="swiglu", inner=24, rows=5, **HALF)),
     (dense.SUBJECT, dense.DenseCase(model="tiny", matrix="up", outputs=40, inputs=256, rows=2, norm=True, **HALF)),
     (int4.SUBJECT, int4.Int4Case(model="tiny", matrix="down", outputs=40, inputs=256, rows=3, **HALF)),
+    (choice.SUBJECT, choice.ChoiceCase(model="tiny", vocabulary=50, rows=3, **HALF)),
 ]
 
 
@@ -389,6 +394,7 @@ def tiny_cases() -> list[tuple[Subject[Any], Case]]:
     for rows in (1, 5):
         product = int4.Int4Case(model="tiny", matrix="down", outputs=40, inputs=256, rows=rows, **HALF)
         found.append((int4.SUBJECT, product))
+    found.append((choice.SUBJECT, choice.ChoiceCase(model="tiny", vocabulary=5000, rows=3, **HALF)))
     return found
 
 
