@@ -5,6 +5,7 @@ torch. With TRITON_INTERPRET=1 in the environment the kernels themselves run on 
 """
 
 from glm_kernels.activations import geglu, gelu, swiglu
+from glm_kernels.append_attention import append_attention
 from glm_kernels.attention import attention
 from glm_kernels.decode import decode_attention, decode_latent_attention
 from glm_kernels.dense_matmul import dense_matmul, dense_matmul_experts
@@ -20,6 +21,7 @@ from glm_kernels.norms import layer_norm, rms_norm
 from glm_kernels.rotary import rotary, rotary_append
 
 __all__ = [
+    "append_attention",
     "attention",
     "decode_attention",
     "decode_latent_attention",
