@@ -62,8 +62,8 @@ def launch_all(
     for start in range(0, T, int(NEW)):
         end = min(start + int(NEW), T)
         some = slice(start, end)
-        turns = (None, None) if cos is None or sin is None else (cos[:, some], sin[:, some])
-        new = New(k[:, some], v[:, some], *turns, at + start if start else at, widths, pairing)
+        cosines, sines = (None if x is None else x[:, some] for x in (cos, sin))
+        new = New(k[:, some], v[:, some], cosines, sines, at + start if start else at, widths, pairing)
         seen = length - (T - end) if end < T else length
         queries, out = (x[:, some].transpose(1, 2) for x in (q, y))
         launch(queries, key_cache, value_cache, seen, None, scale, None, None, out, new, **how)
@@ -81,9 +81,10 @@ def append_attention_op(
         ).contiguous()
     y = result_like(qkv, key_cache, value_cache)
     if y.numel():
-        turns = (None, None) if cos is None or sin is None else alike(cos, sin, qkv.shape[0])
+        if cos is not None and sin is not None:
+            cos, sin = alike(cos, sin, qkv.shape[0])
         at, length = at.contiguous(), length.contiguous()
-        launch_all(side_by_side(qkv), *turns, key_cache, value_cache, at, length, widths, pairing, scale, y)
+        launch_all(side_by_side(qkv), cos, sin, key_cache, value_cache, at, length, widths, pairing, scale, y)
     return y
 
 
