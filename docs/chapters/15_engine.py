@@ -121,10 +121,10 @@ for name in ("chatglm-6b", "chatglm2-6b", "glm-4-9b-chat", "glm-4-32b-0414"):
     assert fast.total() < pure.total() / 2
 
 # %% [markdown]
-# A layer of ChatGLM2 and GLM-4 is: norm, queries, keys, values and their bias in one product; rotation and writing to
-# the cache; attention; the product behind it with the residual; norm, gate, up and SwiGLU in one product; down with the
-# residual. What the others have more are norms that no product can take in: ChatGLM-6B's LayerNorms, whose result is
-# needed by itself as $\alpha n(x)$, and the second norms of GLM-4-0414.
+# A layer of ChatGLM2 and GLM-4 is: norm, queries, keys, values and their bias in one product; attention, which turns
+# queries and keys and writes to the cache as well; the product behind it with the residual; norm, gate, up and SwiGLU
+# in one product; down with the residual. What the others have more are norms that no product can take in:
+# ChatGLM-6B's LayerNorms, whose result is needed by itself as $\alpha n(x)$, and the second norms of GLM-4-0414.
 #
 # ## Memory that stays where it is
 #

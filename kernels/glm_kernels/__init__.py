@@ -6,6 +6,7 @@ torch. With TRITON_INTERPRET=1 in the environment the kernels themselves run on 
 
 from glm_kernels.acceptance import accept
 from glm_kernels.activations import geglu, gelu, swiglu
+from glm_kernels.append_attention import append_attention
 from glm_kernels.attention import attention
 from glm_kernels.choice import likeliest
 from glm_kernels.decode import decode_attention, decode_latent_attention
@@ -23,6 +24,7 @@ from glm_kernels.rotary import rotary, rotary_append
 
 __all__ = [
     "accept",
+    "append_attention",
     "attention",
     "decode_attention",
     "decode_latent_attention",

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from glm_kernels.bench import (
     activations,
+    append,
     attention,
     choice,
     decode,
@@ -35,7 +36,7 @@ from glm_kernels.bench.timing import GraphTimer
 
 SUBJECTS: dict[str, Subject[Any]] = {
     module.SUBJECT.name: module.SUBJECT
-    for module in (attention, decode, norms, rotary, activations, dense, int4, choice, ladders)
+    for module in (attention, decode, append, norms, rotary, activations, dense, int4, choice, ladders)
 }
 ALL = "all"
 
