@@ -4,20 +4,23 @@ All sides hold the same tensors where they can, so that dense weights are in mem
 says so by MissingError; one that fails in any other way shows as failed. Neither stops the others.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
-from glm_kernels.overlap import can_overlap
+from glm_kernels.overlap import can_overlap, overlapping
 from torch import Tensor
 
 from glm.bench.cases import RuntimeCase
 from glm.bench.goals import EAGER, GPT_FAST, OURS, OVERLAP, STATIC
+from glm.bench.routes import Routes
 from glm.model import GLM
 from glm.runtime import Engine, Request
-from glm.runtime.decoding import read
+from glm.runtime.decoding import Outcome, advance, read
+from glm.runtime.sampling import Choice
 
 CHUNK = 8192  # tokens of a prompt that the engine reads at once
 
@@ -80,15 +83,60 @@ def overlapped(device: torch.device) -> Mapping[str, Maker]:
     return {OVERLAP: partial(EngineSide, overlap=True)} if can_overlap(device) else {}
 
 
+class SeenEngine(Engine):
+    """An engine that tells `routes`, while there are any, when experts were chosen; no step is replayed meanwhile."""
+
+    routes: Routes | None = None
+
+    def piece(self, request: Request, slot: int) -> tuple[Tensor, bool]:
+        """Of a prompt."""
+        start = request.read
+        found = super().piece(request, slot)
+        if self.routes is not None:
+            self.routes.read(slot, start)
+        return found
+
+    def advance(self, rows: int, choice: Choice) -> Outcome:
+        """A step."""
+        if self.routes is None:
+            return super().advance(rows, choice)
+        step = overlapping()(advance) if self.overlap else advance
+        found = step(self.composed, self.slots, self.rows, rows, choice)
+        self.routes.wrote(list(self.seats.writing()))
+        return found
+
+
 class EngineSide:
     """The engine; `overlap` as it has it."""
 
     def __init__(self, setting: Setting, *, overlap: bool = False) -> None:
         case = setting.case
-        self.engine = Engine(
+        self.model = setting.model
+        self.engine = SeenEngine(
             setting.model, max_batch=case.batch, max_length=setting.length, chunk=CHUNK, overlap=overlap
         )
         self.requests: list[Request] = []
+
+    @contextmanager
+    def routes(self) -> Iterator[Routes]:
+        """The experts that are chosen, by slot. Nothing that was read before or meanwhile is remembered."""
+        engine = self.engine
+        self.forget()
+        with Routes(self.model).seen() as engine.routes:
+            try:
+                yield engine.routes
+            finally:
+                engine.routes = None
+                self.forget()
+
+    def forget(self) -> None:
+        """All that slots remember."""
+        self.clear()
+        self.engine.seats.texts = [[] for _ in self.engine.seats.texts]
+
+    def slots(self) -> list[int]:
+        """Where the rows are, in the order of their prompts."""
+        return [self.engine.seats.holders.index(request) for request in self.requests]
 
     def logits(self, prompt: Sequence[int]) -> Tensor:
         """[T, V]."""
@@ -121,7 +169,10 @@ class EngineSide:
     def next_logits(self) -> Tensor:
         """What the next step would choose from."""
         engine, rows = self.engine, self.engine.rows
-        return engine.composed.logits(read(engine.composed, engine.slots, rows, rows.token[:, None]))[:, -1]
+        logits = engine.composed.logits(read(engine.composed, engine.slots, rows, rows.token[:, None]))[:, -1]
+        if engine.routes is not None:
+            engine.routes.wrote(list(engine.seats.writing()))
+        return logits
 
     def prefill(self, prompt: Sequence[int]) -> None:
         """One request of one token."""
