@@ -393,7 +393,7 @@ class Engine:
             for x in (outcome.ids, outcome.kept)
         )
         ready = torch.cuda.Event()
-        ready.record()
+        ready.record(torch.cuda.current_stream(self.device))
         return Pending(writers, Outcome(ids, kept, outcome.stream), ready)
 
     def settle(self, pending: Pending) -> None:
@@ -450,14 +450,15 @@ class Engine:
     # ------------------------------------------------------------------------- the device
 
     def warm_up(self, step: Any) -> None:
-        """Run a step with all rows at rest."""
+        """Run a step with all rows at rest, or as much of it as can be."""
         at, busy = self.rows.at.clone(), self.rows.busy.clone()
         self.rows.at.fill_(self.slots.nowhere)
         self.rows.busy.fill_(False)
-        for _ in range(2):
+        try:
             step()
-        self.rows.at.copy_(at)
-        self.rows.busy.copy_(busy)
+        finally:
+            self.rows.at.copy_(at)
+            self.rows.busy.copy_(busy)
 
     # ------------------------------------------------------------------------- when numbers go wrong
 
