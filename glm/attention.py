@@ -60,6 +60,10 @@ class Attention:
         """Numbers that a token takes in a forward pass, at most: q, k, v as they come, turned, and laid out."""
         return 3 * (self.heads + 2 * self.groups) * self.head_width
 
+    def looking(self, queries: int, keys: int, itemsize: int) -> int:
+        """Bytes beside that, for so many queries to so many keys, of `itemsize` a number: they are read in place."""
+        return 0
+
 
 class AttentionModule(nn.Module):
     """Queries, keys and values from one matrix, its rows in the order q heads, k heads, v heads."""

@@ -1,8 +1,8 @@
 """Which card a release fits: every published checkpoint with its sizes, and the memory that cards come with.
 
 bf16   two bytes a parameter, everything
-int4   the matrices of the blocks in four bits with a bfloat16 scale for every 128 weights of a row, 0.516 bytes
-       a weight; embedding, head, norms, biases and routers stay in bfloat16
+int4   as `glm info` has it: the matrices of the blocks in four bits with a bfloat16 scale for every 128 weights of
+       a row, 0.516 bytes a weight; embedding, head, norms, biases and routers stay in bfloat16
 fits   the smallest card of `CARDS` that holds weights, cache and working space of one sequence of `CONTEXT`
        tokens (or of all the release takes, if those are fewer) in 95 % of its memory; driver and allocator want
        the rest. Beyond the largest card: how many of them, a power of two, hold it together.
@@ -14,9 +14,15 @@ import torch
 
 from glm.family import releases
 from glm.family.generation import Release
-from glm.info import active_parameters, cache_bytes_per_token, parameters, tensors, weight_bytes, working_bytes
-from glm.linear import Dense, RowScaled
-from glm.spec import Spec
+from glm.info import (
+    STORAGES,
+    active_parameters,
+    cache_bytes_per_token,
+    parameters,
+    weight_bytes,
+    working_bytes,
+)
+from glm.linear import Dense
 
 CONTEXT = 8192  # tokens that are to fit beside the weights
 CARDS = (8, 12, 16, 24, 48, 80, 141)  # GiB of memory that cards are sold with
@@ -31,7 +37,6 @@ HEAD = (
     ("fits", "bf16"),  # a card of so many GiB, or so many cards
     ("fits", "int4"),
 )
-INT4 = 0.5 + 2 / 128  # bytes a weight: four bits, and a scale of two bytes for every 128
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,10 @@ def sizes(release: Release) -> Sizes:
     per_token = cache_bytes_per_token(spec, brain)
     tokens = min(CONTEXT, spec.context)
     beside = per_token * tokens + working_bytes(spec, brain, tokens)
-    bf16, int4 = weight_bytes(spec, brain), int4_bytes(spec)
+    bf16, int4 = (
+        weight_bytes(spec, brain),
+        weight_bytes(replace(spec, weights=STORAGES["int4"][1], head=Dense()), brain),
+    )
     return Sizes(
         release=release,
         parameters=parameters(spec),
@@ -88,15 +96,6 @@ def sizes(release: Release) -> Sizes:
         card_bf16=card(bf16 + beside),
         card_int4=card(int4 + beside),
     )
-
-
-def int4_bytes(spec: Spec) -> int:
-    """Weights with the matrices of the blocks in groups of four bits, as the head of this file says."""
-    packed = sum(
-        x.numel() for x in tensors(replace(spec, weights=RowScaled(4)), torch.bfloat16) if x.dtype == torch.int8
-    )
-    matrices = 2 * packed
-    return weight_bytes(spec, torch.bfloat16) - 2 * matrices + round(INT4 * matrices)
 
 
 def card(needed: float) -> str:

@@ -333,7 +333,8 @@ def chat(
     source: Source = "",
     system: Annotated[str | None, option("TEXT", "Instructions that stand before the conversation.")] = None,
     rounds: Annotated[
-        int | None, option("N", "Earlier rounds to show the model.", "all that fit; to tiny-glm two")
+        int | None,
+        option("N", "Earlier rounds to show the model.", "what the checkpoint says, else all that fit"),
     ] = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -355,10 +356,9 @@ def chat(
     from glm.talk import Talk
 
     name = called(source or embedded())
-    if rounds is None and name == "tiny-glm":
-        rounds = 2  # no more than it was trained with
     talk = Talk(
-        writer, tokenizer, system=system, rounds=rounds, max_new_tokens=max_new_tokens,
+        writer, tokenizer, system=system, max_new_tokens=max_new_tokens,
+        rounds=tokenizer.rounds if rounds is None else rounds,
         temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed, **how,
     )  # fmt: skip
     if terminal():
@@ -487,7 +487,8 @@ def info(
 ) -> None:
     """What a model is made of, and whether it fits into memory.
 
-    Reads no weights: of a hub id, only the config is fetched.
+    Reads no weights: of a hub id, only the config is fetched. int8 and int4 are the matrices of the blocks in groups
+    of 128, as `glm quantize` writes them, and the rest in bfloat16; "stored" is what the files have.
     """
     from glm.info import describe
     from glm.memory import size
@@ -516,8 +517,8 @@ def releases() -> None:
     """The published checkpoints, with their sizes and the card they fit.
 
     Columns: parameters (all/active) in 10⁹; weights in GB as bfloat16 and with the matrices of the blocks in int4
-    (groups of 128, 0.516 B a weight); KiB of cache a token; context (k = 1024); and the smallest card, in GB of
-    memory, that holds one sequence of 8k tokens. `glm info NAME` says all of one.
+    (groups of 128, 0.516 B a weight, as in `glm info`); KiB of cache a token; context (k = 1024); and the smallest
+    card, in GB of memory, that holds one sequence of 8k tokens. `glm info NAME` says all of one.
     """
     from glm.cards import HEAD, family_table
 
@@ -707,12 +708,15 @@ def prepack(
 ) -> None:
     """Lay integer weights out for the kernels, once, so that the engine starts sooner on a GPU.
 
-    Writes prepacked.safetensors beside the checkpoint, as large as its integers. `glm quantize` does so by itself.
+    Writes prepacked.safetensors beside the checkpoint, as large as its integers: of a hub id into the cache of the hub
+    on this machine, where the engine looks for it under that id. `glm quantize` does so by itself.
     """
     alone("prepack")
     from glm.runtime.prepacked import prepack as lay_out
 
     note(f"{lay_out(source)} is written")
+    if not Path(source).expanduser().is_dir():
+        note(f"that is in the hub's cache, beside what was fetched of {source}; deleting that deletes it too")
 
 
 def form(weights: str, group: str, symmetric: bool) -> "Grouped":

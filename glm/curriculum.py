@@ -55,6 +55,9 @@ class Lessons(Protocol):
         """One row to learn from."""
 
 
+EARLIER = 2  # rounds at most that stand before a question
+
+
 class Chat:
     """Answers to the questions of a glossary, some after earlier rounds, some carelessly typed."""
 
@@ -69,7 +72,7 @@ class Chat:
     def sample(self, item: int, rng: Random) -> Sample:
         """The answer to question `item`."""
         question, answer = self.pairs[item]
-        earlier = rng.choices(self.pairs, k=rng.choice((1, 2))) if rng.random() < self.history else []
+        earlier = rng.choices(self.pairs, k=rng.choice(range(1, EARLIER + 1))) if rng.random() < self.history else []
         if rng.random() < self.careless:
             question = rng.choice((question.rstrip("?？") or question, question.lower()))
         return self.rounds([*earlier, (question, answer)])

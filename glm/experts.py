@@ -159,12 +159,20 @@ class RouterModule(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[N, D] -> chosen experts and their weights, [N, k] each."""
-        s = F.linear(wide(x), wide(self.weight)).sigmoid()  # [N E]
+        s = self.scores(x)
         chosen = self.allowed(s.detach() + self.bias).topk(self.top, dim=-1).indices
+        return chosen, self.weights(s, chosen)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """How well each expert suits each token: [N, D] -> s [N, E]."""
+        return F.linear(wide(x), wide(self.weight)).sigmoid()
+
+    def weights(self, s: Tensor, chosen: Tensor) -> Tensor:
+        """Of the chosen experts, [N, k] both, by their scores [N, E]."""
         weights = s.gather(-1, chosen)
         if self.spec.normalised:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return chosen, weights * self.spec.scale
+        return weights * self.spec.scale
 
     def allowed(self, choice: Tensor) -> Tensor:
         """-inf for the experts of groups that are not among the best: [N, E] -> [N, E]."""

@@ -48,6 +48,12 @@ class Grouped:
         return GroupedStack(self, count, inputs, outputs, bias)
 
 
+def fitting(form: Grouped, inputs: int) -> Grouped:
+    """`form` with the largest group, of those up to its own, that divides a row; whole rows if none does."""
+    groups = [group for group in (form.group, 128, 64, 32) if group and group <= (form.group or 0)]
+    return Grouped(form.bits, next((group for group in groups if inputs % group == 0), None), form.symmetric)
+
+
 class GroupedLinear(nn.Module):
     """y = (s ⊙ (q - z)) x + b; the weight is written out in the dtype of `x` at every call.
 

@@ -22,9 +22,10 @@ from glm.errors import CheckpointError, GLMError, MemoryFitError
 from glm.experts import Experts
 from glm.family.generation import Generation, Release
 from glm.fields import read_object
+from glm.grouped import Grouped, fitting
 from glm.hub import fetch
 from glm.layout import Causal
-from glm.linear import Dense, RowScaled, Weights
+from glm.linear import Dense, Weights
 from glm.memory import Found, memory_found, size
 from glm.model import GLM
 from glm.spec import Block, Spec
@@ -33,13 +34,37 @@ from glm.tensor_file import PIECE as FILE_PIECE
 USUAL_CONTEXT = 2048  # tokens to leave room for where nobody said how many
 PIECE = 2048  # tokens of a prompt that go through a causal model at once
 
+
+class Groups(Grouped):
+    """As `Grouped`, for any model: a matrix takes the largest group that divides its rows, as in `glm.Engine`.
+
+    One whose rows do not fill 32-bit words stays dense.
+    """
+
+    def form(self, inputs: int) -> Weights:
+        """That of a matrix with so many columns."""
+        return Dense() if inputs * self.bits % 32 else fitting(self, inputs)
+
+    def linear(self, inputs: int, outputs: int, bias: bool) -> torch.nn.Module:
+        """A module [..., inputs] -> [..., outputs]."""
+        return self.form(inputs).linear(inputs, outputs, bias)
+
+    def stack(self, count: int, inputs: int, outputs: int, bias: bool) -> torch.nn.Module:
+        """`count` such layers in one."""
+        return self.form(inputs).stack(count, inputs, outputs, bias)
+
+
 STORAGES: dict[str, tuple[torch.dtype, Weights]] = {
     "fp32": (torch.float32, Dense()),
     "bf16": (torch.bfloat16, Dense()),
-    "int8": (torch.bfloat16, RowScaled(8)),
-    "int4": (torch.bfloat16, RowScaled(4)),
+    "int8": (torch.bfloat16, Groups(8, 128, symmetric=True)),
+    "int4": (torch.bfloat16, Groups(4, 128, symmetric=True)),
 }
-"""Ways to store a model: the dtype of embedding, head, norms and cache, and how the matrices of the blocks lie."""
+"""Ways to store a model: the dtype of embedding, head, norms and cache, and how the matrices of the blocks lie.
+
+Integers are those that `glm quantize` writes and `glm.Engine` makes: a scale for each 128 columns of a row, 0.516 bytes
+a weight in four bits. The official files have one scale for a whole row; "stored" counts those.
+"""
 
 DTYPES = {
     "float64": torch.float64,
@@ -255,17 +280,27 @@ def cache_bytes_per_token(spec: Spec, dtype: torch.dtype) -> int:
 def working_bytes(spec: Spec, dtype: torch.dtype, tokens: int) -> int:
     """An upper estimate of what a forward pass over `tokens` holds beside weights and cache.
 
-    Per token the stream in four states (x, its norm, what is added, the sum) and either attention (q, k, v, turned,
-    and laid out for the product) or the feed-forward (its branches, active ones, their product); a mask, where a
-    token sees more than its past; the logits of one token in float32, sorted to sample from; and what is on its way
-    from a file, or one matrix of integers being written out (as they are, unpacked, converted and scaled).
+    A causal model is taken to read `PIECE` tokens at a time, as the command line and the engine do. Per token of a
+    piece the stream in four states (x, its norm, what is added, the sum) and either the feed-forward (its branches,
+    active ones, their product) or the attention (q, k, v, turned, and laid out for the product), with what it makes of
+    all tokens before (latent attention writes out keys and values of every head, an indexer scores all pairs). A mask,
+    where a token sees more than its past or the past is longer than the piece; the logits of one token in float32,
+    sorted to sample from; and what is on its way from a file, or one matrix of integers being written out (as they are,
+    unpacked, converted and scaled).
     """
     causal = isinstance(spec.reading, Causal)
     T = min(tokens, PIECE) if causal else tokens
-    parts = (part for block in spec.blocks for part in (block.mixer, block.feed_forward))
-    widest = max(int(part.working(spec.width)) for part in parts)
-    streams = T * (4 * spec.width + widest) * dtype.itemsize
-    mask = 0 if causal else T * tokens * (2 + dtype.itemsize)
+    before = 0 if spec.prefix is None else spec.prefix.length
+    inside: int = max(
+        max(
+            T * block.mixer.working(spec.width) * dtype.itemsize
+            + block.mixer.looking(T, before + tokens, dtype.itemsize),
+            T * block.feed_forward.working(spec.width) * dtype.itemsize,
+        )
+        for block in spec.blocks
+    )
+    streams = 4 * T * spec.width * dtype.itemsize + inside
+    mask = 0 if causal and before + tokens == T else T * (before + tokens) * (2 + dtype.itemsize)
     logits = 8 * spec.vocabulary * torch.float32.itemsize
     written_out = 0 if isinstance(spec.weights, Dense) else 8 // spec.weights.bits * (2 + 2 * dtype.itemsize)
     integers = (x for x in tensors(spec, dtype) if not x.is_floating_point())

@@ -74,8 +74,20 @@ class LatentAttention:
         return replace(self, heads=self.heads // ranks)
 
     def working(self, width: int) -> int:
-        """Numbers that a token takes in a forward pass, at most: queries, keys, values, laid out and as they come."""
-        return self.heads * (3 * (self.plain + self.rotary) + 2 * (self.plain + self.rotary + self.value))
+        """Numbers that a token takes in a forward pass, at most: queries as they come, turned, and laid out."""
+        return self.heads * 3 * (self.plain + self.rotary)
+
+    def looking(self, queries: int, keys: int, itemsize: int) -> int:
+        """Bytes beside that, for so many queries to so many keys, with numbers of `itemsize`.
+
+        In the naive form keys and values of all heads are written out, and once more as they are laid out; torch's
+        fused attention wants both equally wide, and without it there are the scores of all pairs, masked, and their
+        softmax. In the absorbed form there are the queries moved to the latent, and what they find there.
+        """
+        if self.absorbing_is_cheaper(queries, keys):
+            return queries * self.heads * 2 * (self.rank + self.rotary) * itemsize
+        scores = 0 if self.plain + self.rotary == self.value else 3 * queries * keys
+        return self.heads * (keys * 2 * (self.plain + self.rotary + self.value) + scores) * itemsize
 
     def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
         """Whether the absorbed form takes fewer products for so many queries and keys."""

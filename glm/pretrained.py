@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from glm import family
-from glm.checkpoint import Checkpoint, Stored, fill, match
+from glm.checkpoint import Checkpoint, Stored, fill, match, read_share
 from glm.drafting import NextToken
 from glm.errors import CheckpointError, ConfigError
 from glm.family.generation import Generation
@@ -23,6 +23,7 @@ from glm.hub import fetch
 from glm.info import require_fit
 from glm.model import GLM
 from glm.reading import read_tensor
+from glm.shares import Share
 from glm.spec import Spec
 from glm.tensor_file import Progress
 
@@ -131,18 +132,26 @@ class Opened:
             self.model, self.checkpoint, self.table, self.ignorable,
             dtype=self.dtype, device=device, progress=progress,
         )  # fmt: skip
-        self.require_one_head()
+        self.require_one_head(self.model.embedding.weight.detach())
         return self.model.train(False)
 
-    def require_one_head(self) -> None:
-        """Raise CheckpointError where the files hold a head of their own for a model whose head is its embedding."""
-        embedding = self.model.embedding.weight.detach()
+    def require_one_head(self, embedding: Tensor, share: Share | None = None, mesh: "DeviceMesh | None" = None) -> None:
+        """Raise CheckpointError where the files hold a head of their own for a model whose head is its embedding.
+
+        `embedding` is what was loaded, or this rank's `share` of it; then the ranks of `mesh` all raise or none does.
+        """
+        from glm.parallel import summed
+
+        whole = self.model.embedding.weight.shape
         for name in self.heads:
             info, head = self.checkpoint.tensors[name], torch.empty_like(embedding)
-            fits = info.shape == tuple(head.shape)
-            if fits:
+            fits = info.shape == tuple(whole)
+            if fits and share is None:
                 read_tensor(name, info, head)
-            if not fits or not torch.equal(head, embedding):
+            elif fits and share is not None:
+                read_share(Stored(name, "embedding.weight"), info, share, whole, head)
+            wrong = torch.tensor(int(not fits or not torch.equal(head, embedding)), device=embedding.device)
+            if bool(summed(wrong, mesh)):
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: config.json says that the head is the embedding, but {name} is "
                     "another: set tie_word_embeddings to false, or take that tensor out"
@@ -158,6 +167,7 @@ class Opened:
             self.model, self.checkpoint, self.table, self.ignorable,
             dtype=self.dtype, device=device, progress=progress, shares=shares, part=part,
         )  # fmt: skip
+        self.require_one_head(part.embedding.weight.detach(), shares["embedding.weight"], mesh)
         return joined(part.train(False), mesh)
 
 

@@ -70,6 +70,16 @@ class SparseAttention:
         """Numbers that a token takes in a forward pass, at most, beside its scores."""
         return self.attention.working(width)
 
+    def looking(self, queries: int, keys: int, itemsize: int) -> int:
+        """Bytes beside that, for so many queries to so many keys, with numbers of `itemsize`.
+
+        For the attention, and before it for every pair four numbers in float32: the sum of the scores so far, and of
+        one head its product, what is above zero of that, and that weighed. Attention then sees a mask of its own.
+        """
+        pairs = queries * keys
+        scores = 0 if self.indexer is None or keys <= self.indexer.top else 4 * torch.float32.itemsize * pairs
+        return max(scores, self.attention.looking(queries, keys, itemsize) + (2 + itemsize) * pairs)
+
 
 class SparseAttentionModule(nn.Module):
     """The equations at the top of this file."""

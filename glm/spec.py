@@ -18,9 +18,9 @@ from glm.prefix import Prefix
 from glm.residual import Wiring
 
 Mixer = Any
-"""A spec of `attention.py` or of a file like it. It has `build(width, weights)`, `remembers` and `working(width)`, and
-for several ranks `plan` and `share(rank, ranks)`; what else it has, only those ask who chose it: a generation's file
-knows which mixer its blocks have."""
+"""A spec of `attention.py` or of a file like it. It has `build(width, weights)`, `remembers`, `working(width)`,
+`looking(queries, keys, itemsize)`, and for several ranks `plan` and `share(rank, ranks)`; what else it has, only those
+ask who chose it: a generation's file knows which mixer its blocks have."""
 
 Transform = Any
 """A spec of `feed_forward.py` or of a file like it, with `build(width, weights)`, `working(width)`, `plan`, `share`."""

@@ -34,7 +34,8 @@ class Tokenizer:
     """Text to ids, ids to text, messages to prompts.
 
     `pad` is the id that fills up a batch on its left, `stop` the ids that end an answer, `vocabulary` (and `len`)
-    the number of ids; a model's embedding may have more rows.
+    the number of ids; a model's embedding may have more rows. `rounds` is how many earlier rounds of a conversation the
+    model was trained to read before a question, None where the checkpoint does not say.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Tokenizer:
         format: TextFormat,
         templates: Mapping[str, str] | None = None,
         named: Mapping[str, str] | None = None,
+        rounds: int | None = None,
     ) -> None:
         """`templates`: the checkpoint's chat templates by name; `named`: `eos_token` and the like, which they may use.
 
@@ -58,6 +60,7 @@ class Tokenizer:
         self._before, self._after, self._closing = (
             [self.id(name) for name in names] for names in (self.format.before, self.format.after, format.closing)
         )
+        self.rounds = rounds
         self.pad = self.id(format.pad)
         self.stop = tuple(self.id(name) for name in format.stop)
 
@@ -269,7 +272,7 @@ def _load(folder: Path, source: str, generation: str | None) -> Tokenizer:
         file = _read(path)
         settings = _Settings(_json(folder / "config.json"), _json(folder / "tokenizer_config.json"), folder, source)
         pieces, format = _recognised(path.name, file, settings, generation)
-        return Tokenizer(pieces, format, settings.templates(), settings.named())
+        return Tokenizer(pieces, format, settings.templates(), settings.named(), settings.rounds())
     except TokenizerError as error:
         raise TokenizerError(f"{folder}: {error}") from None
     except Exception as error:  # each library has its own way to say that a file is none of its kind
@@ -358,6 +361,13 @@ class _Settings:
         fields = {key: value for key, value in self.own.items() if key.endswith("_token")}
         texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in fields.items()}
         return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+    def rounds(self) -> int | None:
+        """`earlier_rounds`, a field of ours."""
+        most = self.own.get("earlier_rounds")
+        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 0):
+            raise TokenizerError(f"earlier_rounds in tokenizer_config.json is {most!r}, not a whole number from 0")
+        return most
 
 
 def _json(path: Path) -> dict[str, Any]:

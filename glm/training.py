@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 from glm.atomic import new_folder
 from glm.checkpoint import write_object
-from glm.curriculum import Batches, Chat, Lessons, lessons, pairs, passages
+from glm.curriculum import EARLIER, Batches, Chat, Lessons, lessons, pairs, passages
 from glm.errors import CheckpointError, ConfigError, GLMError
 from glm.export import save_pretrained
 from glm.family.chatglm import build
@@ -226,7 +226,7 @@ class Run:
         shutil.rmtree(result, ignore_errors=True)
         save_pretrained(model, result, generation="chatglm", dtype=torch.float16)
         (result / "tokenizer.json").write_text(self.bpe.to_str(pretty=True) + "\n", encoding="utf-8")
-        write_object(result / "tokenizer_config.json", TOKENIZER_CONFIG)
+        write_object(result / "tokenizer_config.json", tokenizer_config(self.recipe))
         exam = self.examine(GLM.from_pretrained(result, dtype=torch.float32))
         written = hashlib.sha256((result / "model.safetensors").read_bytes()).hexdigest()
         write_object(result / "training.json", self.figures() | {"weights": written, "exam": exam})
@@ -303,6 +303,13 @@ TOKENIZER_CONFIG = {
     "gmask_token": "[gMASK]",
     "padding_side": "left",
 }
+
+
+def tokenizer_config(recipe: Recipe) -> dict[str, Any]:
+    """The file of that name: special tokens, and how many earlier rounds a question follows at most, if any is."""
+    chats = [objective for objective in recipe.objectives if objective.kind == "chat"]
+    most = max((EARLIER if objective.history else 0 for objective in chats), default=None)
+    return TOKENIZER_CONFIG if most is None else TOKENIZER_CONFIG | {"earlier_rounds": most}
 
 
 def learnt_vocabulary(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:

@@ -4,12 +4,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from glm_kernels.bench.subject import Expected
 from torch.utils.flop_counter import FlopCounterMode
 
 import glm
@@ -360,6 +362,119 @@ def test_what_goes_wrong_in_steps_only_is_refused(wrong: Callable[[Setting], Sid
     assert re.match(r"tokens: one chosen is|logits behind steps: ", row["sides"][OURS]["refused"])
     assert "moved" not in row
     assert "kernels" not in row
+
+
+EXPERTS = str(GOLDENS / "hf_glm4_moe-air")
+
+
+def changed_engine(change: Callable[[Any], None]) -> Callable[[Setting], Side]:
+    """The engine of a changed copy of the model; of its experts only."""
+
+    def make(given: Setting) -> Side:
+        model = deepcopy(given.model)
+        change(model.blocks[-1].feed_forward)
+        return EngineSide(replace(given, model=model))
+
+    return make
+
+
+def nearly_tied(given: Setting, distance: float) -> None:
+    """Experts 0 and 1 of the last layer suit every token equally well but for `distance`, and 0 is always chosen."""
+    router: Any = given.model.blocks[-1].feed_forward.router  # type: ignore[union-attr]
+    router.weight.data[1] = router.weight.data[0]
+    router.bias[:] = torch.tensor([1.0, 1.0 - distance, 3.0, *[0.0] * (len(router.bias) - 3)])
+
+
+def prefers(expert: int) -> Callable[[Any], None]:
+    return lambda experts: experts.router.bias[expert].add_(1e-3)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int4"])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_engine_computes_models_with_experts(weights: str, seed: int) -> None:
+    """In bf16 the first of these draws sends a token through another expert than float64 does."""
+    made = case("decode", EXPERTS, weights, CPU, context=20, batch=2)
+    given = Setting(random_model(made, CPU, seed), made, 64)
+    assert truth_of(given).faults(EngineSide(given)) == ""
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_another_expert_is_explained_where_a_rounding_could_choose_it(weights: str) -> None:
+    made = case("decode", EXPERTS, weights, CPU, context=20, batch=2)
+    given = setting(made)
+    nearly_tied(given, 0.0)
+    truth, flipped = truth_of(given), changed_engine(prefers(1))
+    assert truth.faults(EngineSide(given)) == ""
+    assert truth.faults(flipped(given)) == "", "both suit equally well"
+    logits = flipped(given).logits(truth.prompts[0])
+    plain = truth.both(truth.prompts[:1], len(truth.prompts[0]), None)
+    verdict = Expected("logits", lambda y: y, plain.plain[0], plain.truth[0]).verdict(logits)
+    assert not verdict.ok, "against what float64 itself chooses it would be refused"
+    nearly_tied(given, 0.1)
+    chosen = changed_engine(lambda experts: experts.router.bias[1].add_(0.2))(given)
+    assert re.match(r"experts: in layer 1 of .* better by 0\.1 in float64, ", truth_of(given).faults(chosen))
+
+
+BROKEN_EXPERTS: dict[str, Callable[[Any], None]] = {
+    "a row of an expert": lambda experts: experts.experts.down.weight.data[2, 0].mul_(-3),
+    "two experts exchanged": lambda experts: experts.experts.down.weight.data.copy_(
+        experts.experts.down.weight.data[[0, 1, 3, 2, 4, 5]]
+    ),
+    "the scale of a router": lambda experts: setattr(
+        experts.router, "spec", replace(experts.router.spec, scale=1.3 * experts.router.spec.scale)
+    ),
+    "the bias weighs": lambda experts: setattr(
+        experts.router, "weights", lambda s, chosen: (s + experts.router.bias).gather(-1, chosen)
+    ),
+    "the shared ones": lambda experts: setattr(experts, "shared", None),
+}
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", BROKEN_EXPERTS)
+def test_broken_experts_are_refused(name: str, weights: str) -> None:
+    given = setting(case("decode", EXPERTS, weights, CPU, context=20, batch=2))
+    nearly_tied(given, 0.0)
+    assert truth_of(given).faults(changed_engine(BROKEN_EXPERTS[name])(given)).startswith(("logits", "experts"))
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_experts_that_are_chosen_wrongly_in_steps_only_are_refused(weights: str) -> None:
+    class Wanders(EngineSide):
+        def step(self) -> None:
+            if self.requests[-1].state == "writing":
+                self.model.blocks[-1].feed_forward.router.bias[3] = 9.0  # type: ignore[union-attr, index]
+            super().step()
+
+    given = setting(case("decode", EXPERTS, weights, CPU, context=20, batch=2))
+    nearly_tied(given, 0.0)
+    wrong = truth_of(given).faults(Wanders(replace(given, model=deepcopy(given.model))))
+    assert wrong.startswith("experts: in layer 1 of those")
+
+
+def test_steps_that_are_replayed_are_held_to_those_that_were_seen() -> None:
+    class Stale(EngineSide):
+        def tokens(self) -> list[list[int]]:
+            found = super().tokens()
+            return found if self.engine.routes else [[row[0]] * len(row) for row in found]
+
+    given = setting(case("decode", EXPERTS, "fp32", CPU, context=20, batch=2))
+    assert truth_of(given).faults(Stale(given)).startswith("tokens: recorded steps choose others")
+
+
+def test_a_side_whose_experts_cannot_be_seen_is_told_so() -> None:
+    given = setting(case("decode", EXPERTS, "fp32", CPU, context=20, batch=2))
+    assert truth_of(given).faults(Stock(given)) == ""
+    worn = deepcopy(given.model)
+    worn.final_norm.weight.data.mul_(1.01)  # type: ignore[operator, union-attr]
+    assert truth_of(given).faults(Stock(replace(given, model=worn))).endswith("cannot be seen of this side)")
+
+
+def test_a_refusal_says_where_chosen_keys_are_not_seen() -> None:
+    given = setting(case("decode", str(GOLDENS / "hf_glm_moe_dsa-base"), "fp32", CPU, context=20, batch=2))
+    assert truth_of(given).faults(EngineSide(given)) == ""
+    broken = changed_engine(lambda experts: setattr(experts, "shared", None))
+    assert truth_of(given).faults(broken(given)).endswith("other keys to attend to, which is not seen)")
 
 
 def test_a_side_that_is_right_only_at_first_is_refused(toy: str) -> None:

@@ -7,9 +7,9 @@ import pytest
 from golden_folders import PROJECT
 
 from glm import cards
-from glm.cards import CARDS, USABLE, card, family_table, int4_bytes, sizes
+from glm.cards import CARDS, USABLE, card, family_table, sizes
 from glm.family import release, releases
-from glm.info import parameters, weight_bytes
+from glm.info import describe, parameters
 
 
 def test_every_release_has_a_line() -> None:
@@ -37,7 +37,8 @@ def test_bytes_of_a_release_with_experts() -> None:
     others = 2 * V * D + L * ((H + 2 * G) * K + 2 * D) + D + (L - 1) * E * D
     assert line.parameters == matrices + others + (L - 1) * E  # and the biases of the routers, which are float32
     assert line.bf16 == 2 * (matrices + others) + 4 * (L - 1) * E
-    assert line.int4 == matrices * 66 / 128 + 2 * others + 4 * (L - 1) * E
+    smaller = 2 * D * (dense // 64 - dense / 128)  # scales more, since 128 does not divide the rows of one matrix
+    assert line.int4 == matrices * 66 / 128 + 2 * others + 4 * (L - 1) * E + smaller
     assert line.active == line.parameters - (L - 1) * (E - top) * expert
 
 
@@ -65,13 +66,18 @@ def test_a_longer_context_needs_a_larger_card(monkeypatch: pytest.MonkeyPatch) -
     assert sizes(release("chatglm-6b")).card_int4 == "8"  # takes no more than 2048
 
 
-def test_int4_is_smaller_than_any_other_way() -> None:
-    spec = release("glm-4-9b").spec
-    import torch
+@pytest.mark.parametrize("name", releases())
+def test_int4_is_what_info_says(name: str) -> None:
+    line, needs = sizes(release(name)), describe(name).needs
+    assert (line.int4, line.bf16) == (needs["int4"].weights, needs["bf16"].weights)
+    assert line.int4 < line.bf16 / 2
 
-    assert int4_bytes(spec) < weight_bytes(spec, torch.bfloat16) / 2.5
-    assert int4_bytes(replace(spec, tied=True)) == int4_bytes(spec) - 2 * spec.vocabulary * spec.width
+
+def test_int4_leaves_embedding_and_head_alone() -> None:
+    spec = release("glm-4-9b").spec
     assert parameters(spec) == 9_399_951_360
+    whole, tied = (sizes(replace(release("glm-4-9b"), spec=replace(spec, tied=way))) for way in (False, True))
+    assert tied.int4 == whole.int4 - 2 * spec.vocabulary * spec.width
 
 
 def test_numbers_are_short() -> None:

@@ -298,6 +298,27 @@ def test_as_many_rounds_are_shown_as_asked_for(run: Run, small: str) -> None:
     assert said("--rounds", "9") == said()
 
 
+def test_a_checkpoint_says_how_many_rounds_it_is_shown(run: Run, small: str, tmp_path: Path) -> None:
+    def said(*options: str) -> list[str]:
+        return run("chat", str(folder), "--max-new-tokens", "5", *options, typed="one\ntwo\nthree\n").out.splitlines()
+
+    folder = tmp_path / "any-name"
+    shutil.copytree(small, folder)
+    all_that_fit = said()
+    config = folder / "tokenizer_config.json"
+    fields = json.loads(config.read_text()) if config.exists() else {}
+    config.write_text(json.dumps(fields | {"earlier_rounds": 0}))
+    assert said() == [expected(small, text, length=5) for text in ("one", "two", "three")]
+    assert said("--rounds", "9") == all_that_fit != said()
+    config.write_text(json.dumps(fields | {"earlier_rounds": 1}))
+    assert said() == said("--rounds", "1")
+    for wrong in (-1, "two", True, 1.5):
+        config.write_text(json.dumps(fields | {"earlier_rounds": wrong}))
+        ran = run("chat", str(folder), typed="one\n")
+        assert ran.status == 1
+        assert "earlier_rounds in tokenizer_config.json is" in ran.err
+
+
 class Typed:
     """A keyboard: gives its lines to `input`, then the end of the file."""
 
@@ -480,7 +501,7 @@ def test_info_has_all_its_numbers_in_a_pipe(run: Run) -> None:
     ):
         assert text in out
     row = next(line.split() for line in out.splitlines() if line.startswith("int4"))
-    assert row[1:3] == ["3,923,601,408", "3.7"]
+    assert row[1:3] == ["4,010,577,920", "3.7"]  # 4.01 GB, as `glm releases` says
     assert row[-1] in ("yes", "no", "?")
 
 
@@ -555,6 +576,25 @@ def test_prepack_writes_what_quantize_leaves_out(run: Run, small: str, tmp_path:
         done = run("prepack", new)
         assert (done.status, done.out, done.err) == (0, "", f"{file} is written\n")
         assert file.exists()
+
+
+def test_prepack_of_a_hub_id_says_that_it_writes_into_the_cache(
+    run: Run, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There it is found under the same id, since all look into the same folder."""
+    from glm.pretrained import Opened
+    from glm.runtime.prepacked import tensors_of
+
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.parent.mkdir()
+    assert run("quantize", small, str(snapshot), "--group", "32", "--no-prepacked").status == 0
+    monkeypatch.setattr("glm.hub.download", lambda id, revision, patterns: snapshot)
+    done = run("prepack", "someone/something")
+    assert (done.status, done.out) == (0, "")
+    written, where = done.err.splitlines()
+    assert written == f"{snapshot / 'prepacked.safetensors'} is written"
+    assert where.startswith("that is in the hub's cache, beside what was fetched of someone/something")
+    assert tensors_of(Opened.of("someone/something"))
 
 
 def test_accuracy_of_text_and_of_random_ids(run: Run, small: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from glm import info, memory
 from glm.checkpoint import Checkpoint
+from glm.compress import compress
 from glm.errors import CheckpointError, GLMError, MemoryFitError
 from glm.family import release, releases
 from glm.grouped import Grouped
@@ -99,6 +100,36 @@ def test_groups_take_a_scale_each_and_possibly_a_zero_point(group: int | None, g
     assert one == (2 + 2 * 2) * 2 * F * D - FILE_PIECE  # the largest matrix, written out
 
 
+@pytest.mark.parametrize("way", ["int4", "int8"])
+def test_integers_asked_for_are_those_that_quantize_writes(tmp_path: Path, way: str) -> None:
+    """Counted in the file: `glm info` of the dense checkpoint said it before."""
+    dense, small = tmp_path / "dense", tmp_path / "small"
+    synthesize("glm-base", dense, layers=1)
+    compress(dense, small, Grouped(int(way[3:]), 128, symmetric=True), method="nearest", quiet=True)
+    with safe_open(small / "model.safetensors", "pt") as file:
+        found = [file.get_tensor(name) for name in file.keys() if "shape" not in name]  # noqa: SIM118 (not a dict)
+    assert info.describe(dense).needs[way].weights == sum(x.nbytes for x in found)
+    assert info.describe(small).need.weights == info.describe(dense).needs[way].weights
+
+
+@pytest.mark.parametrize(
+    ("columns", "form"), [(256, Grouped(4, 128, True)), (96, Grouped(4, 32, True)), (40, Grouped(4, None, True))]
+)
+def test_rows_that_128_does_not_divide_take_smaller_groups(columns: int, form: Grouped) -> None:
+    made, expected = (way.stack(3, columns, 5, True) for way in (info.STORAGES["int4"][1], form))
+    assert {name: x.shape for name, x in made.state_dict().items()} == {
+        name: x.shape for name, x in expected.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("folder", HERE, ids=lambda folder: folder.name)
+def test_every_shape_has_a_size_in_every_storage(folder: Path) -> None:
+    """Matrices whose rows fill no words stay dense."""
+    sizes = {way: need.weights for way, need in info.describe(folder).needs.items()}
+    assert sizes["int4"] <= sizes["int8"] <= sizes["bf16"] < sizes["fp32"]
+    assert info.STORAGES["int4"][1].linear(20, 5, False).weight.dtype.is_floating_point  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("folder", HERE, ids=lambda folder: folder.name)
 def test_bytes_of_a_checkpoint_are_those_in_its_files(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
@@ -154,6 +185,66 @@ def test_what_is_needed_is_enough_and_not_far_more(tmp_path: Path, name: str, le
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT)
     taken, needed = map(int, done.stdout.split())
     assert taken <= needed + (100 << 20), "code and threads take memory, too"
+    assert needed <= 2 * taken
+
+
+LONG = """
+import re, sys
+from dataclasses import replace
+import torch
+from glm import info
+from glm.layout import Layout
+from glm.model import GLM
+from glm.pretrained import described
+from glm.checkpoint import Checkpoint
+from pathlib import Path
+folder, keys, value = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+spec = described(Checkpoint.open(folder), folder.name)[1]
+sizes = dict(heads=8, rank=64, plain=64, rotary=32, value=value)
+for block in spec.blocks[:1]:
+    mixer, rotary = block.mixer, spec.rotary
+    if hasattr(mixer, "attention"):
+        mixer = replace(mixer, attention=replace(mixer.attention, **sizes), indexer=replace(mixer.indexer, width=32))
+    elif hasattr(mixer, "rank"):
+        mixer = replace(mixer, **sizes)
+    if mixer is not block.mixer:
+        rotary = replace(rotary, widths=(32,))
+    spec = replace(spec, blocks=(replace(block, mixer=mixer),), context=keys, rotary=rotary)
+model = GLM(spec, dtype=torch.float32, device="cpu", seed=0)
+T = info.PIECE
+def read(length):
+    cache = model.new_cache(1, length)
+    cache.filled = max(0, length - T)
+    new = torch.arange(cache.filled, length)[None, :, None]
+    with torch.inference_mode():
+        model(torch.ones(1, new.shape[1], dtype=torch.long), Layout.rule(new, length), cache, last=True)
+read(64)
+before = peak()
+read(keys)
+need = info.need(spec, torch.float32, keys)
+print(peak() - before, need.cache + need.working - info.FILE_PIECE)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured as Linux does")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chatglm3-base", 0),
+        ("hf_glm4_moe_lite-sensitive", 96),  # as wide as a key, like those that are published
+        ("hf_glm4_moe_lite-sensitive", 64),
+        ("hf_glm_moe_dsa-base", 96),
+    ],
+)
+def test_the_last_piece_of_a_long_text_has_what_it_needs(name: str, value: int) -> None:
+    """Of attention, latent attention and sparse attention: a mask, the keys of all heads, the scores of all pairs."""
+    folder = next(folder for folder in HERE if folder.name == name)
+    command = [sys.executable, "-c", LONG, str(folder), str(6 * info.PIECE), str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, check=False)
+    assert done.returncode == 0, done.stderr
+    taken, needed = map(int, done.stdout.split())
+    assert taken <= needed + (20 << 20), "code and threads take memory, too"
     assert needed <= 2 * taken
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -189,6 +190,12 @@ def test_references_hold_for_two_processes(found: dict[str, Any], name: str) -> 
 def test_a_folder_that_cannot_be_dealt_out(found: dict[str, Any]) -> None:
     assert found["refused"]["error"] == "ParallelError"
     assert "5 query heads cannot be dealt out to 2 processes" in found["refused"]["says"]
+
+
+def test_a_head_that_the_config_denies_is_refused_by_all(found: dict[str, Any]) -> None:
+    """The first process says so as well, though the row that differs is none of its own."""
+    assert found["spare head"]["copy"] == "loaded"
+    assert re.match(r"CheckpointError: .*lm_head\.weight is another: set tie_word", found["spare head"]["another"])
 
 
 def test_a_share_is_not_saved_as_a_model(found: dict[str, Any]) -> None:

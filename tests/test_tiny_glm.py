@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from glm.curriculum import pairs, passages
+from glm.curriculum import Chat, pairs, passages
 from glm.family import recognise
 from glm.generation import generate
 from glm.infilling import fill
 from glm.model import GLM
 from glm.recipe import Recipe
 from glm.tokenizer import Tokenizer
-from glm.training import SPECIAL, Run, learnt_vocabulary
+from glm.training import SPECIAL, Run, learnt_vocabulary, tokenizer_config
 
 FOLDER = Path(__file__).parents[1] / "weights" / "tiny-glm"
 GLOSSARY = pairs((FOLDER / "glossary.md").read_text(encoding="utf-8"))
@@ -110,6 +110,17 @@ def test_its_figures_are_those_of_its_recipe_and_its_card_quotes_them(tmp_path: 
         f"{FIGURES['steps']:,}",
     ):
         assert figure in CARD, figure
+
+
+def test_it_says_how_many_rounds_its_recipe_taught_it_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, seen = Recipe.read(FOLDER / "recipe.toml"), set()
+    assert json.loads((FOLDER / "tokenizer_config.json").read_text()) == tokenizer_config(recipe)
+    whole = Chat.rounds
+    monkeypatch.setattr(Chat, "rounds", lambda self, rounds: (seen.add(len(rounds) - 1), whole(self, rounds))[1])
+    source = Run(recipe, tmp_path).sources[0]
+    for seed in range(100):
+        source.sample(0, random.Random(seed))
+    assert Tokenizer.from_pretrained(FOLDER).rounds == max(seen) == 2
 
 
 # -- the glossary ------------------------------------------------------------------------------------------------------

@@ -163,6 +163,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     named = {"bos_token_id": "<sop>", "eos_token_id": "<eop>", "mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]"}
     assert {key: config[key] for key in named} == {key: ids.id(name) for key, name in named.items()}
     assert config["vocab_size"] == len(ids) <= 400
+    assert ids.rounds == 0, "no question of this recipe follows another"
     stored = tensors(folder)
     assert {x.dtype for x in stored.values()} == {torch.float16}
     assert stored["transformer.layers.1.attention.query_key_value.weight"].shape == (192, 64)

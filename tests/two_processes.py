@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from golden_folders import GOLDENS
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glm import cli, training
@@ -190,6 +191,26 @@ def refused() -> dict[str, Any]:
     return found
 
 
+def spare_head(folder: Path) -> dict[str, str]:
+    """What is said of a model whose head is its embedding and whose files hold one all the same, a copy or another."""
+    found = {}
+    for name, factor in (("copy", 1), ("another", 2)):
+        if first():
+            save_pretrained(made(TOYS["sandwich, tied"]), folder / name)
+            file = folder / name / "model.safetensors"
+            tensors = load_file(file)
+            head = tensors["model.embed_tokens.weight"].clone()
+            head[-1] *= factor  # which only the second process holds
+            save_file(tensors | {"lm_head.weight": head}, file)
+        agreed(None)
+        try:
+            GLM.from_pretrained(folder / name, mesh=mesh_of_all("cpu"))
+            found[name] = "loaded"
+        except GLMError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
 def trained(folder: Path, double: bool) -> dict[str, Any]:
     """Some steps by two processes, the same by one, and what a run that is taken up again makes of it."""
     plan = Recipe.read(folder / "recipe.toml")
@@ -242,6 +263,7 @@ def main() -> None:
         "float32": half_precision(),
         "folders": {name: folder(name) for name in FOLDERS},
         "refused": refused(),
+        "spare head": spare_head(place / "heads"),
         "training": {name: trained(place / name, name == "float64") for name in ("float64", "float32")},
         "dice": [float(training.summed(own, mesh_of_all("cpu"))), 2 * float(own)],
     }

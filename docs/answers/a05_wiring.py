@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import glm
+from docs.answers import which_field
 from docs.check import Case, Exercise
 from glm.family.chatglm import build
 from glm.norms import LayerNorm, RMSNorm
@@ -92,18 +93,14 @@ def which_field_cases() -> Iterator[Case]:
     ids = torch.tensor([[5, 6, 7, 8, 35, 36, 9, 10]])
     block = spec.blocks[0]
     alpha = replace(block, wiring=Scaled(math.sqrt(2 * len(spec.blocks))))
-    for changed in (
+    changes = (
         replace(spec, blocks=(alpha,) * 3),
         replace(spec, blocks=(block, alpha, block)),
         replace(spec, blocks=(replace(block, wiring=Pre()),) * 3),
         replace(spec, blocks=(replace(block, norm=LayerNorm(1e-3)),) * 3),
         replace(spec, final_norm=LayerNorm(1e-3)),
-    ):
-        broken = glm.GLM(changed, dtype=torch.float64)
-        broken.load_state_dict(right.state_dict())
-        [difference] = glm.diff(spec, changed).changes
-        arguments = {"right": right, "broken": torch.inference_mode()(broken.__call__), "ids": ids}
-        yield Case(arguments, {"result": difference.field})
+    )
+    yield from which_field.cases(right, changes, ids)
 
 
 EXERCISES = [

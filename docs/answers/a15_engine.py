@@ -7,7 +7,7 @@ from torch import Tensor
 
 from docs.check import Case, Exercise
 from glm.drafting import PromptLookup
-from glm.runtime.sampling import Rules, chosen
+from glm.runtime.sampling import Rules, sampled
 from glm.runtime.seats import common
 from glm.runtime.slots import append
 
@@ -43,7 +43,7 @@ def choose_cases() -> Iterator[Case]:
         top_k = torch.tensor([row[1] for row in rows])
         seen = torch.zeros(B, V, dtype=torch.bool)
         given = Rules(temperature, top_k, top_p, torch.ones(B, dtype=torch.float64), luck, seen)
-        ids, _ = chosen(logits, given, torch.zeros(B, dtype=torch.long))
+        ids = sampled(logits, given, torch.zeros(B, dtype=torch.long), sort=True)
         arguments = {"logits": logits, "temperature": temperature, "top_k": top_k, "top_p": top_p, "luck": luck[:, 0]}
         yield Case(arguments, {"result": ids})
 

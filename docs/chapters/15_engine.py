@@ -15,6 +15,7 @@ from pathlib import Path
 
 import glm_kernels
 import torch
+from glm_kernels.acceptance import REJECTED
 from matplotlib.patches import Patch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -104,8 +105,8 @@ def launched(name: str, layers: int) -> tuple[Counter[str], Counter[str]]:
         toy(new.expand(1, 3), glm.Layout.rule(places[:, :3]), cache)
         with counts[0]:
             toy(new, glm.Layout.rule(places[:, 3:], 4), cache)
-        fast.rows.busy.fill_(True)
         fast.rows.at.fill_(3)
+        fast.rows.length.fill_(4)
         with counts[1]:
             read(fast.composed, fast.slots, fast.rows, new)
     return counts[0].calls, counts[1].calls
@@ -120,10 +121,10 @@ for name in ("chatglm-6b", "chatglm2-6b", "glm-4-9b-chat", "glm-4-32b-0414"):
     assert fast.total() < pure.total() / 2
 
 # %% [markdown]
-# A layer of ChatGLM2 and GLM-4 is: norm, queries, keys, values and their bias in one product; rotation and writing to
-# the cache; attention; the product behind it with the residual; norm, gate, up and SwiGLU in one product; down with the
-# residual. What the others have more are norms that no product can take in: ChatGLM-6B's LayerNorms, whose result is
-# needed by itself as $\alpha n(x)$, and the second norms of GLM-4-0414.
+# A layer of ChatGLM2 and GLM-4 is: norm, queries, keys, values and their bias in one product; attention, which turns
+# queries and keys and writes to the cache as well; the product behind it with the residual; norm, gate, up and SwiGLU
+# in one product; down with the residual. What the others have more are norms that no product can take in:
+# ChatGLM-6B's LayerNorms, whose result is needed by itself as $\alpha n(x)$, and the second norms of GLM-4-0414.
 #
 # ## Memory that stays where it is
 #
@@ -161,9 +162,9 @@ engine.step()  # reads the prompt, chooses the first token, makes one step
 ids, slot = list(request.ids), engine.seats.holders.index(request)
 with torch.inference_mode():
     for _ in range(8):
-        outcome = advance(engine.composed, engine.slots, engine.rows, count=2, plain=True)
+        outcome = advance(engine.composed, engine.slots, engine.rows, count=2, choice="greedy")
         ids += outcome.ids[slot].tolist()
-        assert outcome.kept.tolist() == [int(row == slot) for row in range(2)]  # the other row is idle
+        assert outcome.ids[1 - slot].tolist() == [REJECTED]  # the other row is idle
 assert ids == alone(prompt, 40, stop=())[: len(ids)]
 engine.cancel(request)
 

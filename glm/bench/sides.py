@@ -4,7 +4,8 @@ All sides hold the same tensors where they can, so that dense weights are in mem
 says so by MissingError; one that fails in any other way shows as failed. Neither stops the others.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from glm.bench.cases import RuntimeCase
 from glm.bench.goals import EAGER, GPT_FAST, OURS, STATIC
+from glm.bench.routes import Routes
 from glm.model import GLM
 from glm.runtime import Engine, Request
-from glm.runtime.decoding import read
+from glm.runtime.decoding import Outcome, advance, read
+from glm.runtime.sampling import Choice
 
 CHUNK = 8192  # tokens of a prompt that the engine reads at once
 
@@ -73,13 +76,57 @@ def makers() -> Mapping[str, Maker]:
     return {OURS: EngineSide, GPT_FAST: Stock, EAGER: Eager, STATIC: Static}
 
 
+class SeenEngine(Engine):
+    """An engine that tells `routes`, while there are any, when experts were chosen; no step is replayed meanwhile."""
+
+    routes: Routes | None = None
+
+    def piece(self, request: Request, slot: int) -> tuple[Tensor, bool]:
+        """Of a prompt."""
+        start = request.read
+        found = super().piece(request, slot)
+        if self.routes is not None:
+            self.routes.read(slot, start)
+        return found
+
+    def advance(self, rows: int, choice: Choice) -> Outcome:
+        """A step."""
+        if self.routes is None:
+            return super().advance(rows, choice)
+        found = advance(self.composed, self.slots, self.rows, rows, choice)
+        self.routes.wrote(list(self.seats.writing()))
+        return found
+
+
 class EngineSide:
     """The engine."""
 
     def __init__(self, setting: Setting) -> None:
         case = setting.case
-        self.engine = Engine(setting.model, max_batch=case.batch, max_length=setting.length, chunk=CHUNK)
+        self.model = setting.model
+        self.engine = SeenEngine(setting.model, max_batch=case.batch, max_length=setting.length, chunk=CHUNK)
         self.requests: list[Request] = []
+
+    @contextmanager
+    def routes(self) -> Iterator[Routes]:
+        """The experts that are chosen, by slot. Nothing that was read before or meanwhile is remembered."""
+        engine = self.engine
+        self.forget()
+        with Routes(self.model).seen() as engine.routes:
+            try:
+                yield engine.routes
+            finally:
+                engine.routes = None
+                self.forget()
+
+    def forget(self) -> None:
+        """All that slots remember."""
+        self.clear()
+        self.engine.seats.texts = [[] for _ in self.engine.seats.texts]
+
+    def slots(self) -> list[int]:
+        """Where the rows are, in the order of their prompts."""
+        return [self.engine.seats.holders.index(request) for request in self.requests]
 
     def logits(self, prompt: Sequence[int]) -> Tensor:
         """[T, V]."""
@@ -112,7 +159,10 @@ class EngineSide:
     def next_logits(self) -> Tensor:
         """What the next step would choose from."""
         engine, rows = self.engine, self.engine.rows
-        return engine.composed.logits(read(engine.composed, engine.slots, rows, rows.token[:, None]))[:, -1]
+        logits = engine.composed.logits(read(engine.composed, engine.slots, rows, rows.token[:, None]))[:, -1]
+        if engine.routes is not None:
+            engine.routes.wrote(list(engine.seats.writing()))
+        return logits
 
     def prefill(self, prompt: Sequence[int]) -> None:
         """One request of one token."""

@@ -4,21 +4,25 @@ A side passes when its logits of a prompt are off by at most twice the error of 
 everywhere here (`glm_kernels.bench.subject`); when so are its logits behind some steps, which are the path that is
 timed, of the first row and the last; and when every token that it chose in those steps, in any row, is one that such an
 error could have chosen: its logit in float64 is below the largest by no more than the errors of both together. In
-float32 that leaves no choice.
+float32 that leaves no choice. With experts, all three of them are the logits with those that the side chose, and its
+choices have to be such as errors explain: `glm/bench/routes.py`.
 """
 
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from glm_kernels.bench.subject import FACTOR, Expected
 from torch import Tensor
 from torch.nn import functional as F
 
-from glm.bench.sides import Prompts, Side
+from glm.bench.routes import Routes, forced, routers, unexplained
+from glm.bench.sides import EngineSide, Prompts, Side
 from glm.cache import Notes
 from glm.model import GLM
+from glm.sparse_attention import IndexerModule
 
 ROWS = 16384  # of the head that are float64 at once
 
@@ -41,6 +45,31 @@ def exact(model: GLM, ids: Tensor, last: int = 0) -> Tensor:
     return torch.cat([F.linear(x, part.double()) for part in weight.split(ROWS)], dim=-1)
 
 
+class Both(NamedTuple):
+    """Logits of texts, [B, n, V], of the pure model in its dtype and in float64; what its errors do not explain."""
+
+    plain: Tensor
+    truth: Tensor
+    unexplained: str = ""
+
+
+class Said(NamedTuple):
+    """What a side says.
+
+    logits  [T, V] of the first prompt
+    tokens  of every row
+    behind  logits [2, V] behind those of the first row and the last
+    prompt  the experts that it chose for the first prompt, [L, T, k], where they are seen
+    rows    the same of every row
+    """
+
+    logits: Tensor
+    tokens: list[list[int]]
+    behind: Tensor
+    prompt: list[Tensor] | None
+    rows: list[Tensor] | None
+
+
 @dataclass
 class Truth:
     """What sides are held to: prompts, and what comes of them."""
@@ -48,54 +77,100 @@ class Truth:
     model: GLM
     prompts: Prompts
     steps: int
-    known: dict[tuple[tuple[int, ...], ...], tuple[float, float]] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def __post_init__(self) -> None:
-        ids = torch.tensor([list(self.prompts[0])], device=self.model.device)
-        plain, truth = self.model(ids)[0], exact(self.model, ids)[0]
-        self.expected = Expected("logits", lambda y: y, plain, truth)
+    known: dict[tuple[int, tuple[tuple[int, ...], ...]], Both] = field(default_factory=dict)
 
     def faults(self, side: Side) -> str:
         """What is wrong with a side, or nothing."""
-        verdict = self.expected.verdict(side.logits(self.prompts[0]))
-        if not verdict.ok:
-            return str(verdict)
+        wrong = self.fault(side)
+        if wrong and any(isinstance(module, IndexerModule) for module in self.model.modules()):
+            return f"{wrong} (or a rounding chose other keys to attend to, which is not seen)"
+        return wrong
+
+    def fault(self, side: Side) -> str:
+        """The same, without what cannot be told."""
+        if not routers(self.model):
+            return self.wrong(self.said(side, None))
+        if not isinstance(side, EngineSide):
+            wrong = self.wrong(self.said(side, None))
+            return wrong and f"{wrong} (or a rounding chose other experts: which, cannot be seen of this side)"
+        with side.routes() as routes:
+            said = self.said(side, routes)
+        if wrong := self.wrong(said):
+            return wrong
+        self.write(side)
+        same = all(a[: self.steps] == b[: self.steps] for a, b in zip(said.tokens, side.tokens(), strict=True))
+        return "" if same else "tokens: recorded steps choose others than the same steps without recordings"
+
+    def said(self, side: Side, routes: Routes | None) -> Said:
+        """What a side says, and which experts `routes` sees it choose."""
+        logits = side.logits(self.prompts[0])
+        prompt = None if routes is None else [routes.rows.popitem()[1]]
+        if isinstance(side, EngineSide) and routes is not None:
+            side.forget()
+        self.write(side)
+        tokens = side.tokens()
+        behind = side.next_logits()[[0, -1]]
+        rows = None
+        if isinstance(side, EngineSide) and routes is not None:
+            rows = [routes.rows[slot] for slot in side.slots()]
+        return Said(logits, tokens, behind, prompt, rows)
+
+    def wrong(self, said: Said) -> str:
+        """What is wrong with that, or nothing."""
+        both = self.both(self.prompts[:1], len(self.prompts[0]), together(said.prompt))
+        verdict = Expected("logits", lambda y: y, both.plain[0], both.truth[0]).verdict(said.logits)
+        if both.unexplained or not verdict.ok:
+            return both.unexplained or str(verdict)
+
+        written = [row[: self.steps] for row in said.tokens]
+        texts = [[*p, *row[:-1]] for p, row in zip(self.prompts, written, strict=True)]
+        both = self.both(texts, self.steps, together(said.rows, len(texts[0])))
+        gap, most = gap_of(both, torch.tensor(written, device=self.model.device))
+        if both.unexplained or gap > most:
+            return both.unexplained or (
+                f"tokens: one chosen is {gap:.3g} below the likeliest in float64, and errors explain {most:.3g}"
+            )
+
+        ends = [
+            self.both([[*self.prompts[i], *said.tokens[i]]], 1, together(None if said.rows is None else [said.rows[i]]))
+            for i in (0, -1)
+        ]
+        plain, truth = torch.cat([both.plain[:, 0] for both in ends]), torch.cat([both.truth[:, 0] for both in ends])
+        verdict = Expected("logits behind steps", lambda y: y, plain, truth).verdict(said.behind)
+        return ends[0].unexplained or ends[1].unexplained or ("" if verdict.ok else str(verdict))
+
+    def write(self, side: Side) -> None:
+        """Have a side continue all prompts."""
         side.start(self.prompts)
         while min(map(len, side.tokens())) < self.steps:
             side.step()
-        texts = [[*p, *row] for p, row in zip(self.prompts, side.tokens(), strict=True)]
-        written = [text[len(p) : len(p) + self.steps] for p, text in zip(self.prompts, texts, strict=True)]
-        gap, most = self.gap(written)
-        if gap > most:
-            return f"tokens: one chosen is {gap:.3g} below the likeliest in float64, and errors explain {most:.3g}"
-        verdict = self.behind(texts).verdict(side.next_logits())
-        return "" if verdict.ok else str(verdict)
 
     @torch.no_grad()
-    def behind(self, texts: Sequence[Sequence[int]]) -> Expected:
-        """The logits behind texts, [2, V]: of the first and the last."""
-        ends = [0, len(texts) - 1]
-        ids = [torch.tensor([list(texts[row])], device=self.model.device) for row in ends]
-        plain = torch.cat([self.model(one, last=True)[:, -1] for one in ids])
-        truth = torch.cat([exact(self.model, one, 1)[:, -1] for one in ids])
-        return Expected("logits behind steps", lambda y: y[ends], plain, truth)
+    def both(self, texts: Sequence[Sequence[int]], last: int, chosen: Tensor | None) -> Both:
+        """Logits behind the `last` tokens of texts, which are equally long; with the experts `chosen`, [L, B, T, k]."""
+        key = last, tuple(map(tuple, texts))
+        if chosen is None and key in self.known:
+            return self.known[key]
+        ids = torch.tensor([list(text) for text in texts], device=self.model.device)
+        if chosen is None:
+            self.known[key] = Both(self.model(ids)[:, -last:], exact(self.model, ids, last))
+            return self.known[key]
+        with forced(self.model, chosen) as ours:
+            plain = self.model(ids)[:, -last:]
+        with forced(self.model, chosen) as theirs:
+            truth = exact(self.model, ids, last)
+        return Both(plain, truth, unexplained(ours, theirs, self.model.dtype))
 
-    @torch.no_grad()
-    def gap(self, written: Sequence[Sequence[int]]) -> tuple[float, float]:
-        """By how much the worst of the chosen tokens is less likely than the likeliest, in logits, and what is allowed.
 
-        The errors allowed for are those of the pure model on the same texts.
-        """
-        key = tuple(map(tuple, written))
-        if key not in self.known:
-            texts = [[*p, *row] for p, row in zip(self.prompts, written, strict=True)]
-            ids = torch.tensor(texts, device=self.model.device)
-            logits = exact(self.model, ids[:, :-1], self.steps)  # [B n V]
-            picked = logits.gather(-1, ids[:, -self.steps :, None])[..., 0]
-            plain = self.model(ids[:, :-1])[:, -self.steps :]
-            self.known[key] = float((logits.amax(-1) - picked).max()), 2 * allowed(plain, logits)
-        return self.known[key]
+def together(rows: Sequence[Tensor] | None, length: int | None = None) -> Tensor | None:
+    """The experts chosen in the first `length` tokens of rows, [L, T, k] each -> [L, B, T, k]; None if not seen."""
+    return None if rows is None else torch.stack([row[:, :length] for row in rows], dim=1)
+
+
+def gap_of(both: Both, picked: Tensor) -> tuple[float, float]:
+    """By how much the worst of the tokens [B, n] is less likely than the likeliest, in logits, and what is allowed."""
+    taken = both.truth.gather(-1, picked[..., None])[..., 0]
+    return float((both.truth.amax(-1) - taken).max()), 2 * allowed(both.plain, both.truth)
 
 
 def allowed(plain: Tensor, truth: Tensor) -> float:

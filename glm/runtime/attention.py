@@ -1,13 +1,13 @@
-"""Attention of the engine: product, rotation into the cache, attention, product.
+"""Attention of the engine: product, attention, product; what attends also turns, and fills the cache.
 
 A mixer is called with the stream, what the call says, and its layer's buffers; norm and sum are those of `wiring.py`.
 Which kernel attends is a matter of the call: a prompt is many queries of one row, decoding a few of each.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from glm_kernels import attention, decode_attention, decode_latent_attention, rotary, rotary_append
+from glm_kernels import append_attention, attention, decode_latent_attention, rotary, rotary_append
 from torch import Tensor, nn
 
 from glm.attention import AttentionModule, HeadNorms
@@ -45,7 +45,9 @@ class FusedAttention:
     def __init__(self, module: AttentionModule, rotary: Rotary | Unturned, store: Store) -> None:
         self.heads, self.groups, self.width = module.spec.heads, module.spec.groups, module.spec.head_width
         self.qkv, self.out = store.matrix(module.qkv), store.matrix(module.out)
-        self.rotary = rotary
+        self.form: dict[str, Any] = {}  # of what is turned, if anything is
+        if isinstance(rotary, Rotary):
+            self.form = {"widths": rotary.widths, "pairing": rotary.pairing}
         self.norms: tuple[FusedNorm, FusedNorm] | None = None
         if type(module.qk_norm) is HeadNorms:
             self.norms = FusedNorm(module.qk_norm.q), FusedNorm(module.qk_norm.k)
@@ -56,13 +58,14 @@ class FusedAttention:
         """[B, T, D] -> [B, T, D]."""
         k, v = buffers
         qkv = self.qkv(h, norm=norm)
-        q = self.remembered(qkv if self.norms is None else self.normed(qkv), k, v, call).transpose(1, 2)  # [B H T K]
+        qkv = qkv if self.norms is None else self.normed(qkv)
         if call.prompt is None:
-            y = decode_attention(q, k, v, call.length)
+            cos, sin = call.turns or (None, None)
+            y = append_attention(qkv, cos, sin, k, v, call.at, call.length, **self.form)  # [B T H K]
         else:
-            keys = slice(call.prompt.keys)
-            y = attention(q, k[:, :, keys], v[:, :, keys], prefix=call.prompt.prefix)
-        return self.out(y.transpose(1, 2).flatten(2), residual=residual)
+            q, keys = self.remembered(qkv, k, v, call).transpose(1, 2), slice(call.prompt.keys)  # [B H T K]
+            y = attention(q, k[:, :, keys], v[:, :, keys], prefix=call.prompt.prefix).transpose(1, 2)
+        return self.out(y.flatten(2), residual=residual)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, (H + 2G) K] -> q [B, T, H, K], k and v [B, T, G, K]."""
@@ -77,13 +80,12 @@ class FusedAttention:
 
     def remembered(self, qkv: Tensor, key_cache: Tensor, value_cache: Tensor, call: Call) -> Tensor:
         """Queries [B, T, H, K], turned; keys and values are in the cache."""
-        if call.turns is None or not isinstance(self.rotary, Rotary):
-            q, k, v = self.split(qkv)
-            append(key_cache, k, call.at)
-            append(value_cache, v, call.at)
-            return q
-        widths, pairing = self.rotary.widths, self.rotary.pairing
-        return rotary_append(qkv, *call.turns, key_cache, value_cache, call.at, widths=widths, pairing=pairing)
+        if call.turns is not None:
+            return rotary_append(qkv, *call.turns, key_cache, value_cache, call.at, **self.form)
+        q, k, v = self.split(qkv)
+        append(key_cache, k, call.at)
+        append(value_cache, v, call.at)
+        return q
 
 
 class FusedLatentAttention:

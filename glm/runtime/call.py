@@ -1,5 +1,6 @@
 """A call: what all layers share while the engine reads tokens, a few of many rows or many of one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,30 +49,31 @@ class Call:
 class Turns:
     """cos θ and sin θ, [B, T, Σw/2] each, the axes side by side; None where nothing is turned.
 
-    Decoding looks them up in a table of the positions that come first, [P, w/2] an axis: on the device, in one step.
+    Decoding looks them up in a table of the positions that come first, [P, 2, w/2] an axis: on the device, in one step.
     """
 
     def __init__(self, rotary: Rotary | Unturned, positions: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rotary, self.dtype = rotary, dtype
-        self.tables: list[tuple[Tensor, Tensor]] = []
+        self.tables: list[Tensor] = []
         if isinstance(rotary, Rotary):
             every = torch.arange(positions, device=device)[None, :, None].expand(-1, -1, len(rotary.widths))
-            self.tables = [(cos[0, :, 0], sin[0, :, 0]) for cos, sin in rotary.rotation(every, dtype).turns]
+            turns = rotary.rotation(every, dtype).turns
+            self.tables = [torch.stack((cos[0, :, 0], sin[0, :, 0]), dim=1) for cos, sin in turns]
 
     def computed(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """For any position ids [B, T, A]."""
         if not self.tables:
             return None
-        return side_by_side(
-            [(cos[:, :, 0], sin[:, :, 0]) for cos, sin in self.rotary.rotation(positions, self.dtype).turns]
-        )
+        cos, sin = zip(*self.rotary.rotation(positions, self.dtype).turns, strict=True)
+        return side_by_side(cos)[:, :, 0], side_by_side(sin)[:, :, 0]
 
     def found(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """For position ids [B, T, A] that are in the table."""
         if not self.tables:
             return None
         places = positions.unbind(-1)
-        return side_by_side([(cos[at], sin[at]) for at, (cos, sin) in zip(places, self.tables, strict=True)])
+        cos, sin = side_by_side([table[at] for at, table in zip(places, self.tables, strict=True)]).unbind(2)
+        return cos, sin
 
     def rotation(self, turns: tuple[Tensor, Tensor] | None) -> Rotation:
         """The same as the pure model's modules take it."""
@@ -82,9 +84,6 @@ class Turns:
         return Rotation(list(zip(cos, sin, strict=True)), self.rotary.widths, self.rotary.pairing)
 
 
-def side_by_side(axes: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of each axis, [B, T, w/2] -> of all of them, [B, T, Σw/2]."""
-    if len(axes) == 1:
-        return axes[0]
-    cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*axes, strict=True))
-    return cos, sin
+def side_by_side(axes: Sequence[Tensor]) -> Tensor:
+    """[..., w/2] of each axis -> [..., Σw/2] of all of them."""
+    return axes[0] if len(axes) == 1 else torch.cat(list(axes), dim=-1)

@@ -25,6 +25,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+from glm_kernels.acceptance import REJECTED
 from torch import Tensor
 
 from glm.drafting import Drafter
@@ -39,7 +40,7 @@ from glm.runtime.matrices import integer_form, lays_out
 from glm.runtime.recording import Recording
 from glm.runtime.requests import Request
 from glm.runtime.rows import Rows
-from glm.runtime.sampling import chosen
+from glm.runtime.sampling import Choice, choice_of, chosen
 from glm.runtime.seats import Seats
 from glm.runtime.slots import Slots
 from glm.spec import Spec
@@ -107,7 +108,7 @@ class Engine:
         self.reading: Request | None = None
         self.seats = Seats(max_batch)
         self.pending: deque[Pending] = deque()
-        self.recordings: dict[tuple[int, bool], Recording[Outcome]] = {}
+        self.recordings: dict[tuple[int, Choice], Recording[Outcome]] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     @classmethod
@@ -364,15 +365,16 @@ class Engine:
         rows, length = self.rows, len(request.prompt)
         rows.begin(slot, request.sampler, request.luck, request.prompt)
         one = slice(slot, slot + 1)
-        [token], [finite] = chosen(self.composed.logits(x[:, -1:])[:, 0], rows.rules.rows(one), rows.count[one])
-        rows.go_on(slot, token, self.slots.before + length, request.positions(length, 1)[0, 0], request.step)
+        logits, choice = self.composed.logits(x[:, -1:]), choice_of([request.sampler])
+        [[new]] = chosen(logits, rows.tokens[one, :1], rows.rules.rows(one), rows.count[one], choice).tolist()
+        rows.go_on(slot, max(new, 0), self.slots.before + length, request.positions(length, 1)[0, 0], request.step)
         if self.draft is not None:
             assert self.model is not None
             ids = torch.tensor([request.prompt], device=self.device)
             room = length + request.max_new_tokens
             request.guess = self.draft.start(self.model, ids, torch.ones_like(ids, dtype=torch.bool), room)
             request.told = 1
-        self.give(request, slot, [int(token) if finite else -1])
+        self.give(request, slot, [new])
 
     def launch(self, writers: dict[int, Request]) -> Pending:
         """Give the device its next step."""
@@ -380,36 +382,38 @@ class Engine:
         while rows <= max(writers):
             rows *= 2
         rows = min(rows, self.max_batch)
-        plain = all(r.sampler.temperature == 0 and r.sampler.repetition_penalty == 1 for r in writers.values())
-        key = rows, plain
-        if key not in self.recordings:
-            step = partial(advance, self.composed, self.slots, self.rows, rows, plain)
-            self.recordings[key] = Recording(step, self.warm_up, self.device, self.pool)
-        outcome = self.recordings[key]()
+        outcome = self.advance(rows, choice_of([request.sampler for request in writers.values()]))
         if self.device.type != "cuda":
             return Pending(writers, outcome, None)
-        ids, kept = (  # a copy each, since the next replay writes to the same place
-            torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-            for x in (outcome.ids, outcome.kept)
-        )
+        ids = torch.empty(outcome.ids.shape, dtype=torch.long, pin_memory=True)
+        ids.copy_(outcome.ids, non_blocking=True)  # the next replay writes to the same place
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self.device))
-        return Pending(writers, Outcome(ids, kept, outcome.stream), ready)
+        return Pending(writers, Outcome(ids, outcome.stream), ready)
+
+    def advance(self, rows: int, choice: Choice) -> Outcome:
+        """A step of the first `rows` rows, from its recording."""
+        key = rows, choice
+        if key not in self.recordings:
+            step = partial(advance, self.composed, self.slots, self.rows, *key)
+            self.recordings[key] = Recording(step, self.warm_up, self.device, self.pool)
+        return self.recordings[key]()
 
     def settle(self, pending: Pending) -> None:
         """Read what a step gave, and tell the requests."""
         if pending.ready is not None:
             pending.ready.synchronize()
-        ids, kept = pending.outcome.ids.tolist(), pending.outcome.kept.tolist()
+        ids = pending.outcome.ids.tolist()
         for slot, request in pending.writers.items():
             if request.state != "writing":
                 continue  # it ended while the device was one step ahead
             self.seats.texts[slot] = request.text
+            kept = [id for id in ids[slot] if id != REJECTED]
             if self.draft is not None:
-                self.draft.tally.right += kept[slot] - 1
-                request.stream = [self.composed.final(pending.outcome.stream[slot : slot + 1, : kept[slot]])]
+                self.draft.tally.right += len(kept) - 1
+                request.stream = [self.composed.final(pending.outcome.stream[slot : slot + 1, : len(kept)])]
             try:
-                self.give(request, slot, ids[slot][: kept[slot]])
+                self.give(request, slot, kept)
             except Exception as error:  # of a decode that cannot read the ids, say: the others have their tokens
                 self.leave(request, "failed", error)
 
@@ -451,14 +455,14 @@ class Engine:
 
     def warm_up(self, step: Any) -> None:
         """Run a step with all rows at rest, or as much of it as can be."""
-        at, busy = self.rows.at.clone(), self.rows.busy.clone()
+        at, length = self.rows.at.clone(), self.rows.length.clone()
         self.rows.at.fill_(self.slots.nowhere)
-        self.rows.busy.fill_(False)
+        self.rows.length.zero_()
         try:
             step()
         finally:
             self.rows.at.copy_(at)
-            self.rows.busy.copy_(busy)
+            self.rows.length.copy_(length)
 
     # ------------------------------------------------------------------------- when numbers go wrong
 

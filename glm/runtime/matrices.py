@@ -23,7 +23,7 @@ from glm_kernels.dispatch import INTERPRETED
 from torch import Tensor, nn
 
 from glm.errors import ConfigError
-from glm.grouped import Grouped
+from glm.grouped import Grouped, fitting
 from glm.linear import Dense, Linear, LinearStack, Weights
 from glm.quantization import quantize
 from glm.runtime.laid_out import Integers, LaidOut, as_codes
@@ -142,12 +142,6 @@ def integer_matrix(operands: tuple[Tensor | None, ...], bits: int, group: int, b
     width, scales = WIDTHS[bits], operands[1]
     assert scales is not None
     return Matrix(width.experts if scales.dim() == 3 else width.product, operands, {"group": group, "bias": bias})
-
-
-def fitting(form: Grouped, inputs: int) -> Grouped:
-    """`form` with the largest group, of those up to its own, that divides a row; whole rows if none does."""
-    groups = [group for group in (form.group, 128, 64, 32) if group and group <= (form.group or 0)]
-    return Grouped(form.bits, next((group for group in groups if inputs % group == 0), None), form.symmetric)
 
 
 def integer_form(weights: str | None, stored: Weights) -> Grouped | None:

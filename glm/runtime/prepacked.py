@@ -46,6 +46,7 @@ PAGE = 4096  # bytes of each tensor that the fingerprint knows
 def prepack(source: str | PathLike[str], *, revision: str | None = None, quiet: bool = False) -> Path:
     """Writes the file beside the checkpoint `source`, a folder or hub id, in the place of any other; its path.
 
+    Of a hub id that is in the hub's cache, in the folder of the revision: whoever loads the id there finds it.
     Memory holds the largest matrix twice, as stored and as laid out. Raises GLMError where no matrix is of integers or
     the file cannot be written, and what loading raises.
     """

@@ -21,7 +21,7 @@ from glm_kernels.bench import machine
 from glm_kernels.variants import TARGETS, Compiled, Variant, compile
 
 NAMES = (  # every file with kernels
-    "activations", "attention", "decode", "dense_matmul", "norms", "packed_matmul", "rotary",
+    "acceptance", "activations", "attention", "choice", "decode", "dense_matmul", "norms", "packed_matmul", "rotary",
 )  # fmt: skip
 MODULES = [import_module(f"glm_kernels.{name}") for name in NAMES]
 PATH = machine.RESULTS / "resources.json"

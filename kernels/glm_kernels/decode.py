@@ -31,11 +31,16 @@ flops a byte in half precision for T = 1: memory is the bound up to some hundred
 to keep loads in flight. Partial sums cost 8 B H T Kv bytes a split, written and read, which stay in the L2 cache.
 
 One program a (sequence, group, tile of rows, split). `length` and `start` are read on the device, so a captured CUDA
-graph stays valid while they grow; the number of splits depends on shapes and device only, and each takes an equal
-share of the keys that are there. Who joins the splits: up to 16, the last program of a row to finish, which a counter
-tells, so that a short cache takes a single launch (a second one costs about 2 µs, as long as reading 8 MB); above, a
-second kernel, since one program would read megabytes alone. Either goes through the splits in their order: the result
-is the same to the bit each time.
+graph stays valid while they grow. The grid depends on shapes and device only, and so has as many splits as a full cache
+is worth; the keys that are there are dealt out in equal shares of whole blocks, and a program that gets none is over at
+once. Where one split has it all it writes y. Else the splits are joined in the same launch (a second one costs about
+2 µs, as long as reading 8 MB) by whoever finishes last, which counters tell: up to 16 at once, more in two steps,
+neighbours first, since one program would read a megabyte alone. Partial sums are taken in the order of the splits: the
+result is the same to the bit each time.
+
+With new keys and values (`append_attention.py`) the cache does not hold the T newest tokens yet. They come beside the
+queries, both are turned here (equation (1) of `rotary.py`), and the last split attends to them after its own share and
+puts them into the cache. No program reads their places in the cache, so nobody waits for anybody.
 
 Layout: any strides with the channels side by side (what is q only, is copied otherwise); 16-byte loads need strides
 and addresses that are multiples of 16 bytes. float16, bfloat16 and float32, heads of up to 256 channels
@@ -43,6 +48,8 @@ and latents of up to 512 + 128; the reference takes the rest. There is
 no backward pass: the tokens of training are many, see `attention`.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,11 +58,13 @@ from torch.nn import functional as F
 
 from glm_kernels.dispatch import Target, jit, takes_kernel, target, tl, triton
 from glm_kernels.operators import operator
+from glm_kernels.rotary import FORMS, pairs
 from glm_kernels.variants import POINTERS, Variant
 
-LAST = 16  # up to so many splits are joined by the last program of their row
+LAST = 16  # up to so many splits are joined at once
 LOWEST = tl.constexpr(-3.4028234663852886e38) if triton else -3.4028234663852886e38
 WIDEST = 256  # channels of a key or a value that the kernel takes
+NEW = tl.constexpr(16) if triton else 16  # new tokens a row that are put into the cache while it is attended to
 LATENT = 512, 128  # of a latent: those that are values, and the others
 
 # ----------------------------------------------------------------------------- reference
@@ -112,40 +121,116 @@ def real(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
+def turned_heads(  # type: ignore[no-untyped-def]
+    x, inside, cos, sin, turn, c, widths: tl.constexpr, interleaved: tl.constexpr
+):
+    """Channels c of heads at x [n, 1], turned by the angles of their tokens, `turn` [n] on in cos and sin."""
+    a = tl.load(x + c, mask=inside, other=0.0)
+    if cos is None:
+        return a
+    else:
+        partner, angle, before = c, c * 0, c < 0  # the other of a pair, the pair's angle, and whether c is the first
+        start = 0
+        for axis in tl.static_range(len(widths)):
+            width = widths[axis]
+            i = c - start
+            here = (i >= 0) & (i < width)
+            if interleaved:
+                other, pair, first = start + (i ^ 1), i // 2, i % 2 == 0
+            else:
+                other, pair, first = start + (i + width // 2) % width, i % (width // 2), i < width // 2
+            partner = tl.where(here, other, partner)
+            angle = tl.where(here, start // 2 + pair, angle)
+            before |= here & first
+            start += width
+        there = inside & (c < start)
+        angles = turn[:, None] + angle
+        b = tl.load(x + partner, mask=there, other=0.0).to(tl.float32)
+        cosines = tl.load(cos + angles, mask=there, other=1.0)
+        sines = tl.load(sin + angles, mask=there, other=0.0)
+        return (a.to(tl.float32) * cosines + b * tl.where(before, -sines, sines)).to(a.dtype)
+
+
+@jit
+def put_partial(sums, totals, tops, at, top, total, acc, real_row, inside, V: tl.constexpr, VB: tl.constexpr):  # type: ignore[no-untyped-def]
+    """m, z and a of the rows at `at`."""
+    tl.store(sums + at[:, None] * V + tl.arange(0, VB), acc, mask=inside)
+    tl.store(totals + at, total, mask=real_row)
+    tl.store(tops + at, top, mask=real_row)
+
+
+@jit
+def put_result(y, total, acc, inside):  # type: ignore[no-untyped-def]
+    """a / z; 0 where no key is seen."""
+    tl.store(y, (acc / tl.where(total > 0, total, 1.0)[:, None]).to(y.dtype.element_ty), mask=inside)
+
+
+@jit
+def joined(  # type: ignore[no-untyped-def]
+    sums, totals, tops, at, step, count, real_row, inside, V: tl.constexpr, VB: tl.constexpr, stages: tl.constexpr
+):
+    """(2): m, z and a of `count` partial sums together, the first at `at`, each `step` rows behind the one before."""
+    top = tl.full([at.shape[0]], LOWEST, tl.float32)
+    total = tl.zeros([at.shape[0]], tl.float32)
+    acc = tl.zeros([at.shape[0], VB], tl.float32)
+    for i in tl.range(0, count, num_stages=stages):
+        its = at + i * step
+        its_top = tl.load(tops + its, mask=real_row, other=LOWEST)
+        higher = tl.maximum(top, its_top)
+        keep, add = tl.exp2(top - higher), tl.exp2(its_top - higher)
+        total = total * keep + add * tl.load(totals + its, mask=real_row, other=0.0)
+        its_sums = tl.load(sums + its[:, None] * V + tl.arange(0, VB), mask=inside, other=0.0)
+        acc = acc * keep[:, None] + add[:, None] * its_sums
+        top = higher
+    return top, total, acc
+
+
+@jit
 def decode_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, key_scale, value_scale, length, start, y, sums, totals, tops, arrived,
+    q, k, v, key_scale, value_scale, length, start, y, sums, totals, tops, arrived, new_k, new_v, cos, sin, at,
     q_row, q_head, q_token, k_row, k_group, k_token, v_row, v_group, v_token, ks_row, ks_group, ks_token,
-    vs_row, vs_group, vs_token, y_row, y_head, y_token, scale, G, R, T, S, splits, once,
+    vs_row, vs_group, vs_token, y_row, y_head, y_token, turn_row, turn_token, scale, G, R, T, S, splits, last, near,
     K: tl.constexpr, V: tl.constexpr, rows: tl.constexpr, block: tl.constexpr, stages: tl.constexpr,
     joins: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, rest: tl.constexpr, RB: tl.constexpr,
+    widths: tl.constexpr, interleaved: tl.constexpr,
 ):  # fmt: skip
-    """m, z and a of one split of the keys for `rows` of the R·T queries of a group; the last split's program joins all.
+    """m, z and a of one split of the keys for `rows` of the R·T queries of a group; who is last joins and writes y.
 
     Keys have K channels and then `rest` more, values V; KB, VB and RB are the powers of two above. Without v the
-    values are the first K channels of the keys. `once` says that the splits are joined here.
+    values are the first K channels of the keys. Up to `last` splits are joined at once, else first so many as are
+    `near`. New keys and values have the strides of the queries but for those of their heads, which are K and V.
     """
     tiles = tl.cdiv(R * T, rows)
     program = tl.program_id(0)
     group, split = program // tiles, tl.program_id(1)
     b, g = (group // G).to(tl.int64), (group % G).to(tl.int64)
+
+    # the keys of this split: an equal share, in blocks, of those between start and length
+    count = tl.load(length + b).to(tl.int32)
+    first = 0 if start is None else tl.maximum(tl.load(start + b).to(tl.int32), 0)
+    end = tl.minimum(count if new_k is None else count - T, S)
+    share = tl.maximum(tl.cdiv(tl.cdiv(tl.maximum(end - first, 0), splits), block), 1) * block
+    busy = tl.maximum(tl.cdiv(end - first, share), 1)  # so many splits have a share
+    if split >= busy:
+        return
+    begin = first + split * share
+    end = tl.minimum(begin + share, end)
+
+    # the queries
     r = (program % tiles) * rows + tl.arange(0, rows)  # row r is token r % T of head r // T in the group
     head, token = g * R + r // T, r % T
+    last_seen = count - T + token  # the last key each row sees
     real_row = r < R * T
-
-    # the queries, and the keys of this split: an equal share, in blocks, of those between start and length
     c, d = tl.arange(0, KB), tl.arange(0, VB)
     q += b * q_row + head[:, None] * q_head + token[:, None] * q_token
-    x_q = tl.load(q + c, mask=real_row[:, None] & (c < K), other=0.0)
+    if new_k is None:
+        x_q = tl.load(q + c, mask=real_row[:, None] & (c < K), other=0.0)
+    else:
+        angles = b * turn_row + token * turn_token
+        x_q = turned_heads(q, real_row[:, None] & (c < K), cos, sin, angles, c, widths, interleaved)
     if rest > 0:
         e = tl.arange(0, RB)
         x_rest = tl.load(q + K + e, mask=real_row[:, None] & (e < rest), other=0.0)
-    count = tl.load(length + b).to(tl.int32)
-    first = 0 if start is None else tl.maximum(tl.load(start + b).to(tl.int32), 0)
-    end = tl.minimum(count, S)
-    share = tl.cdiv(tl.cdiv(tl.maximum(end - first, 0), splits), block) * block
-    begin = first + split * share
-    end = tl.minimum(begin + share, end)
-    last = count - T + token  # the last key each row sees
 
     # (1) of the empty set, then (2) with one block of keys after the other
     n = tl.arange(0, block)
@@ -161,22 +246,22 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     for i in tl.range(0, tl.cdiv(tl.maximum(end - begin, 0), block), num_stages=stages):
         j = begin + i * block + n
         there = j < end
-        at = j.to(tl.int64)
-        keys = tl.load(k + at[:, None] * k_token + c, mask=there[:, None] & (c < K), other=0)
+        place = j.to(tl.int64)
+        keys = tl.load(k + place[:, None] * k_token + c, mask=there[:, None] & (c < K), other=0)
         if v is not None:
-            values = tl.load(v + at[:, None] * v_token + d, mask=there[:, None] & (d < V), other=0)
+            values = tl.load(v + place[:, None] * v_token + d, mask=there[:, None] & (d < V), other=0)
             values = real(values, x_q.dtype)
         else:
             values = keys
         x = tl.dot(x_q, tl.trans(real(keys, x_q.dtype)), input_precision="ieee")
         if rest > 0:
-            others = tl.load(k + K + at[:, None] * k_token + e, mask=there[:, None] & (e < rest), other=0)
+            others = tl.load(k + K + place[:, None] * k_token + e, mask=there[:, None] & (e < rest), other=0)
             x = tl.dot(x_rest, tl.trans(others), x, input_precision="ieee")
         if key_scale is not None:  # (3)
-            x *= (scale * tl.load(key_scale + at * ks_token, mask=there, other=0.0).to(tl.float32))[None, :]
+            x *= (scale * tl.load(key_scale + place * ks_token, mask=there, other=0.0).to(tl.float32))[None, :]
         else:
             x *= scale
-        x = tl.where(there[None, :] & (j[None, :] <= last[:, None]), x, -float("inf"))
+        x = tl.where(there[None, :] & (j[None, :] <= last_seen[:, None]), x, -float("inf"))
 
         higher = tl.maximum(top, tl.max(x, 1))
         keep, p = tl.exp2(top - higher), tl.exp2(x - higher[:, None])
@@ -184,71 +269,65 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         acc *= keep[:, None]
         top = higher
         if value_scale is not None:  # (3), relative to the block's largest: float16 has no room for small products
-            w = tl.load(value_scale + at * vs_token, mask=there, other=0.0).to(tl.float32)
+            w = tl.load(value_scale + place * vs_token, mask=there, other=0.0).to(tl.float32)
             largest = tl.maximum(tl.max(tl.abs(w)), 1e-37)
             acc += tl.dot((p * (w / largest)[None, :]).to(x_q.dtype), values, input_precision="ieee") * largest
         else:
             acc = tl.dot(p.to(x_q.dtype), values, acc, input_precision="ieee")
-
-    # what the split came to
     total = tl.sum(parts, 1)
-    at_row = (group * splits).to(tl.int64) * (R * T) + r
-    mine = at_row + split * (R * T)
+
+    # the new tokens, by the last split: put into the cache, and a block more for (2)
+    if new_k is not None:  # noqa: SIM102, the one is known when it is compiled
+        if split == busy - 1:
+            t = tl.arange(0, NEW)
+            there = (t < T)[:, None]
+            new = b * q_row + t[:, None] * q_token
+            turn = b * turn_row + t * turn_token
+            keys = turned_heads(new_k + new + g * K, there & (c < K), cos, sin, turn, c, widths, interleaved)
+            values = tl.load(new_v + new + g * V + d, mask=there & (d < V), other=0.0)
+            if program % tiles == 0:
+                slot = (tl.load(at + b).to(tl.int64) + t)[:, None]
+                free = there & (slot >= 0) & (slot < S)
+                tl.store(k + slot * k_token + c, keys, mask=free & (c < K))
+                tl.store(v + slot * v_token + d, values, mask=free & (d < V))
+            j = count - T + t
+            seen = ((t < T) & (j >= 0) & (j < S))[None, :] & (j[None, :] <= last_seen[:, None])
+            x = tl.where(seen, tl.dot(x_q, tl.trans(keys), input_precision="ieee") * scale, -float("inf"))
+            higher = tl.maximum(top, tl.max(x, 1))
+            keep, p = tl.exp2(top - higher), tl.exp2(x - higher[:, None])
+            total = total * keep + tl.sum(p, 1)
+            acc = tl.dot(p.to(x_q.dtype), values, acc * keep[:, None], input_precision="ieee")
+            top = higher
+
+    # what the split came to; whoever is last has all before it: a program's stores come before its count, which
+    # releases and acquires, and the barrier before that is for all of its threads
     inside = real_row[:, None] & (d < V)
-    tl.store(sums + mine[:, None] * V + d, acc, mask=inside)
-    tl.store(totals + mine, total, mask=real_row)
-    tl.store(tops + mine, top, mask=real_row)
-
-    # whoever is last has all before it: all of a program's stores come before its count, which releases and acquires
-    if once != 0:
-        tl.debug_barrier()
-        if tl.atomic_add(arrived + program, 1, sem="acq_rel", scope="gpu") == splits - 1:
-            top = tl.full([rows], LOWEST, tl.float32)
-            total = tl.zeros([rows], tl.float32)
-            acc = tl.zeros([rows, VB], tl.float32)
-            for i in tl.range(0, splits, num_stages=joins):  # (2) with one split after the other
-                its = at_row + i * (R * T)
-                its_top = tl.load(tops + its, mask=real_row, other=LOWEST)
-                higher = tl.maximum(top, its_top)
-                keep, add = tl.exp2(top - higher), tl.exp2(its_top - higher)
-                total = total * keep + add * tl.load(totals + its, mask=real_row, other=0.0)
-                acc = acc * keep[:, None] + add[:, None] * tl.load(sums + its[:, None] * V + d, mask=inside, other=0.0)
-                top = higher
-            result = acc / tl.where(total > 0, total, 1.0)[:, None]
-            place = y + b * y_row + head[:, None] * y_head + token[:, None] * y_token + d
-            tl.store(place, result.to(y.dtype.element_ty), mask=inside)
-            tl.store(arrived + program, 0)  # for the next call
-
-
-@jit
-def join_kernel(  # type: ignore[no-untyped-def]
-    sums, totals, tops, y, y_row, y_head, y_token, G, R, T, splits,
-    V: tl.constexpr, VB: tl.constexpr, chunk: tl.constexpr,
-):  # fmt: skip
-    """(2) over all splits, for one query of one head, so many splits at once as a `chunk` has."""
-    program = tl.program_id(0)
-    group, r = program // (R * T), program % (R * T)
-    b, head, token = (group // G).to(tl.int64), (group % G).to(tl.int64) * R + r // T, r % T
-    d = tl.arange(0, VB)
-    at_row = (group * splits).to(tl.int64) * (R * T) + r
-
-    top = LOWEST
-    total = 0.0
-    acc = tl.zeros([VB], tl.float32)
-    for i in tl.range(0, splits, chunk):
-        s = i + tl.arange(0, chunk)
-        there = s < splits
-        its = at_row + s * (R * T)
-        its_top = tl.load(tops + its, mask=there, other=LOWEST)
-        higher = tl.maximum(top, tl.max(its_top))
-        keep, add = tl.exp2(top - higher), tl.exp2(its_top - higher)
-        total = total * keep + tl.sum(add * tl.load(totals + its, mask=there, other=0.0))
-        a = tl.load(sums + its[:, None] * V + d, mask=there[:, None] & (d < V), other=0.0)
-        acc = acc * keep + tl.sum(add[:, None] * a, 0)
-        top = higher
-    result = acc / tl.where(total > 0, total, 1.0)
-    y += b * y_row + head * y_head + token * y_token
-    tl.store(y + d, result.to(y.dtype.element_ty), mask=d < V)
+    y += b * y_row + head[:, None] * y_head + token[:, None] * y_token + d
+    if busy == 1:
+        put_result(y, total, acc, inside)
+        return
+    first_row = (group * splits).to(tl.int64) * (R * T) + r
+    put_partial(sums, totals, tops, first_row + split * (R * T), top, total, acc, real_row, inside, V, VB)
+    near = busy if busy <= last else near
+    part, parted = split // near, tl.cdiv(busy, near)
+    members = tl.minimum(near, busy - part * near)
+    arrived += program * (splits + 1)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + 1 + part, 1, sem="acq_rel", scope="gpu") == members - 1:
+        tl.store(arrived + 1 + part, 0)  # for the next call
+        its = first_row + part * near * (R * T)
+        top, total, acc = joined(sums, totals, tops, its, R * T, members, real_row, inside, V, VB, joins)
+        if parted == 1:
+            put_result(y, total, acc, inside)
+        else:
+            tl.debug_barrier()  # all of it is read before some is written over
+            put_partial(sums, totals, tops, its, top, total, acc, real_row, inside, V, VB)
+            tl.debug_barrier()
+            if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == parted - 1:
+                tl.store(arrived, 0)
+                step = near * R * T
+                top, total, acc = joined(sums, totals, tops, first_row, step, parted, real_row, inside, V, VB, joins)
+                put_result(y, total, acc, inside)
 
 
 # ----------------------------------------------------------------------------- launch
@@ -280,7 +359,8 @@ def shape_of_launch(dtype: torch.dtype, stored: int, K: int, V: int, rest: int, 
 
     The accumulator, rows × values, has 64 registers a thread at most. While it is small two programs share a
     multiprocessor, and the keys and values of all stages leave room for the other. float32 has no tensor cores, and an
-    operand of its products lies in registers whole: few keys a step.
+    operand of its products lies in registers whole: few keys a step. Of partial sums there are the fewer in flight the
+    larger they are: loading one ahead costs registers too.
     """
     value, full = power(V or K), dtype == torch.float32
     rows = min(power(queries), 16 if full or value > 512 else 32 if value > 256 else 64)
@@ -291,7 +371,7 @@ def shape_of_launch(dtype: torch.dtype, stored: int, K: int, V: int, rest: int, 
     widest = max(16, stored * 1024 // value) if full else 64 if value <= 128 else 32
     fits = [(n, s) for n, s in BLOCKS if s * n * a_key <= room and n <= widest]
     block, stages = fits[0] if fits else (16, 1)
-    return Shape(rows, block, stages, min(4, 1 + room // (rows * value * 4)), warps, resident)
+    return Shape(rows, block, stages, min(4, 1 + room // (rows * value * 16)), warps, resident)
 
 
 def splits_of_launch(programs: int, S: int, block: int, wave: int) -> int:
@@ -331,29 +411,49 @@ def partial_of(q: Tensor, groups: int, splits: int, V: int) -> Partial:
 
 
 COUNTERS = 1 << 16
-counters: dict[tuple[torch.device, int], Tensor] = {}  # zero between calls: the last program of a row sets its own back
+counters: dict[tuple[torch.device, int], Tensor] = {}  # zero between calls: who finishes last sets them back
 
 
-def counters_for(x: Tensor) -> Tensor | None:
-    """Counters of the current stream, whose kernels run one after the other; None if they cannot be made now.
+def counters_for(x: Tensor, count: int) -> Tensor:
+    """So many counters of the current stream, whose kernels run one after the other.
 
-    Graphs that use them must not run at the same time as each other if they were captured on the same stream.
+    Graphs that use them must not run at the same time as each other if they were captured on the same stream. Where
+    there are too few, or none yet while a graph is captured, whose memory is not ours to keep, they are made for one
+    call: that costs a launch.
     """
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     key = (x.device, stream)
-    if key not in counters:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph's memory is not ours to keep
-            return None
+    if count <= COUNTERS and key not in counters and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         counters[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
-    return counters[key]
+    if count <= COUNTERS and key in counters:
+        return counters[key]
+    return torch.zeros(count, dtype=torch.int32, device=x.device)
+
+
+class New(NamedTuple):
+    """Tokens that come with the queries: k [B, T, G, K] and v [B, T, G, V] are parts of the same qkv as q.
+
+    cos and sin [B, T, Σw/2] with the same strides, or None; `at` [B] the slot of the first token of each row.
+    """
+
+    k: Tensor
+    v: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    at: Tensor
+    widths: Sequence[int]
+    pairing: str
 
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor | None, length: Tensor, start: Tensor | None, scale: float,
-    key_scale: Tensor | None, value_scale: Tensor | None, y: Tensor, *,
+    key_scale: Tensor | None, value_scale: Tensor | None, y: Tensor, new: New | None = None, *,
     shape: Shape | None = None, splits: int | None = None, last: int = LAST, partial: Partial | None = None,
 ) -> None:  # fmt: skip
-    """Fill y [B, H, T, V]; the rest as of `decode_attention`, without v the values are the first V channels of k."""
+    """Fill y [B, H, T, V]; the rest as of `decode_attention`, without v the values are the first V channels of k.
+
+    With new tokens, as few as a block of keys, the caches are written too.
+    """
     B, H, T, width = q.shape
     G, S, V = k.shape[1], k.shape[2], y.shape[3]
     K, rest = (width, 0) if v is not None else (V, width - V)
@@ -364,27 +464,22 @@ def launch(
         return
     splits = splits or splits_of_launch(programs, S, shape.block, shape.resident * multiprocessors(q))
     partial = partial or partial_of(q, G, splits, V)
-    arrived = counters_for(q) if splits <= last and programs <= COUNTERS else None
+    arrived = counters_for(q, programs * (splits + 1)) if splits > 1 else partial.tops
     strides = [
         n for x in (q, k, v, key_scale, value_scale, y) for n in (x.stride()[:3] if x is not None else (0, 0, 0))
     ]
+    turns: Sequence[int] = (0, 0)
+    if new is not None and new.cos is not None:
+        turns = new.cos.stride()[:2]
+    given = (None,) * 5 if new is None else new[:5]
+    widths, interleaved = ((), False) if new is None else pairs(new.widths, new.pairing)
     with torch.cuda.device_of(q):
         decode_kernel[(programs, splits)](
-            q, k, v, key_scale, value_scale, length, start, y, *partial, partial.tops if arrived is None else arrived,
-            *strides, scale * 1.4426950408889634, G, H // G, T, S, splits, int(arrived is not None),
+            q, k, v, key_scale, value_scale, length, start, y, *partial, arrived, *given, *strides, *turns,
+            scale * 1.4426950408889634, G, H // G, T, S, splits, last, 1 + math.isqrt(splits - 1),
             K, V, shape.rows, shape.block, shape.stages, shape.joins, power(K), power(V), rest, power(rest or 1),
-            num_warps=shape.warps, enable_fp_fusion=True,
+            widths, interleaved, num_warps=shape.warps, enable_fp_fusion=True,
         )  # fmt: skip
-        if arrived is None:
-            join_kernel[(B * G * queries,)](
-                *partial, y, *y.stride()[:3], G, H // G, T, splits, V, power(V), chunk_of(V),
-                num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
-
-
-def chunk_of(V: int) -> int:
-    """So many splits at once that a thread holds 64 of their sums."""
-    return max(1, 8192 // power(V))
 
 
 def variants(target: Target) -> list[Variant]:
@@ -405,16 +500,27 @@ def variants(target: Target) -> list[Variant]:
         *(variant(target, dtype, K, K, rows, int8=True) for dtype, K, rows in int8),
         variant(target, half, 128, 128, 16, started=True),
         *(variant(target, dtype, 576, 0, rows) for dtype, rows in ((half, 16), (half, 32), (full, 16))),
-        *(join_variant(half, V) for V in (128, 512)),
+        *(variant(target, half, 128, 128, rows, new=new) for new in FORMS if "128" in new for rows in (16, 64)),
+        variant(target, half, 64, 64, 16, new="none"),
+        variant(target, torch.float16, 128, 128, 16, new="interleaved half of 128"),
     ]
 
 
 def variant(
-    target: Target, dtype: torch.dtype, K: int, V: int, queries: int, *, int8: bool = False, started: bool = False
+    target: Target,
+    dtype: torch.dtype,
+    K: int,
+    V: int,
+    queries: int,
+    *,
+    int8: bool = False,
+    started: bool = False,
+    new: str | None = None,
 ) -> Variant:
     """As a launch with so many queries a group compiles it; V = 0 is the latent of GLM-4.7-Flash, 512 of K as values.
 
-    Registers are fitted to an H100; elsewhere the same shapes may spill a few, as the table shows.
+    `new` is how keys of new tokens are turned, a name in `rotary.FORMS` or "none". Registers are fitted to an H100;
+    elsewhere the same shapes may spill a few, as the table shows.
     """
     first, rest = (K, 0) if V else (512, K - 512)
     shape = shape_of_launch(dtype, 1 if int8 else dtype.itemsize, first, V, rest, queries, target)
@@ -424,31 +530,25 @@ def variant(
     types |= dict.fromkeys(("key_scale", "value_scale"), "*fp32" if int8 else None)
     types |= {"start": "*i32" if started else None, "arrived": "*i32"}
     types |= dict.fromkeys(("sums", "totals", "tops"), "*fp32")
+    types |= dict.fromkeys(("new_k", "new_v"), pointer if new else None) | {"at": "*i32" if new else None}
+    types |= dict.fromkeys(("cos", "sin"), "*fp32" if new and new != "none" else None)
     strides = [f"{x}_{axis}" for x in ("q", "y") for axis in ("row", "head", "token")]
     strides += [f"{x}_{axis}" for x in ("k", "v", "ks", "vs") for axis in ("row", "group", "token")]
-    counts = ["G", "R", "T", "S", "splits", "once"]
-    types |= dict.fromkeys([*strides, *counts], "i32") | {"scale": "fp32"}
+    counts = ["G", "R", "T", "S", "splits", "last", "near"]
+    types |= dict.fromkeys([*strides, "turn_row", "turn_token", *counts], "i32") | {"scale": "fp32"}
     given = {name: kind for name, kind in types.items() if kind is not None}
     values: dict[str, Any] = {name: None for name in types if name not in given}
     V = V or first
     values |= {"K": first, "V": V, "KB": power(first), "VB": power(V), "rest": rest, "RB": power(rest or 1)}
     values |= {"rows": shape.rows, "block": shape.block, "stages": shape.stages, "joins": shape.joins}
+    values["widths"], values["interleaved"] = pairs(*FORMS[new][:2]) if new in FORMS else ((), False)
     label = f"{K}{'' if rest == 0 else ' latent'}{' int8' if int8 else ''}{' started' if started else ''}"
+    label += f" new, turned: {new}" if new else ""
     return Variant(
         f"{label} rows {shape.rows} {pointer[1:]}", decode_kernel, given, values,
         {"num_warps": shape.warps, "enable_fp_fusion": True}, unaligned=(*counts, "ks_token", "vs_token"),
         hot=target == Target("cuda", 90),
     )  # fmt: skip
-
-
-def join_variant(dtype: torch.dtype, V: int) -> Variant:
-    """The second kernel for values of this width."""
-    types = dict.fromkeys(("sums", "totals", "tops"), "*fp32") | {"y": POINTERS[dtype]}
-    counts = ["G", "R", "T", "splits"]
-    types |= dict.fromkeys(["y_row", "y_head", "y_token", *counts], "i32")
-    values = {"V": V, "VB": power(V), "chunk": chunk_of(V)}
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    return Variant(f"{V} {POINTERS[dtype][1:]}", join_kernel, types, values, options, unaligned=counts)
 
 
 # ----------------------------------------------------------------------------- wrapper

@@ -293,10 +293,15 @@ def power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def forms(widths: Sequence[int], pairing: str, head_width: int) -> tuple[dict[str, Any], int]:
-    """(compile-time arguments, warps): interleaved axes are one, since their pairs lie side by side throughout."""
+def pairs(widths: Sequence[int], pairing: str) -> tuple[tuple[int, ...], bool]:
+    """(widths, interleaved) of a kernel: interleaved axes are one, since their pairs lie side by side throughout."""
     interleaved = pairing == "interleaved"
-    axes = (sum(widths),) if interleaved else tuple(widths)
+    return (sum(widths),) if interleaved else tuple(widths), interleaved
+
+
+def forms(widths: Sequence[int], pairing: str, head_width: int) -> tuple[dict[str, Any], int]:
+    """(compile-time arguments, warps) of heads so wide."""
+    axes, interleaved = pairs(widths, pairing)
     blocks = tuple(power(width // 2) for width in axes)
     rest = head_width - sum(axes)
     values = {"widths": axes, "blocks": blocks, "rest": rest, "rest_block": power(max(rest, 1))}

@@ -26,8 +26,10 @@ sys.path.insert(0, str(PROJECT / "kernels"))
 
 from glm_kernels.bench import (
     activations,
+    append,
     attention,
     cases,
+    choice,
     command,
     decode,
     dense,
@@ -71,6 +73,11 @@ def small_decode(**changes: Any) -> DecodeCase:
 def small_rotary(**changes: Any) -> rotary.RotaryCase:
     shape = {"heads": 4, "groups": 2, "key": 16, "widths": (8,), "pairing": "halves", "batch": 2, "tokens": 5}
     return rotary.RotaryCase(**{"model": "tiny", "dtype": "float32", **shape, **changes})
+
+
+def small_append(**changes: Any) -> append.AppendCase:
+    shape = {"heads": 4, "groups": 2, "key": 16, "widths": (8,), "pairing": "halves", "batch": 2, "keys": 40}
+    return append.AppendCase(**{"model": "tiny", "dtype": "float32", **shape, **changes})
 
 
 # ----------------------------------------------------------------------------- what is counted
@@ -200,12 +207,18 @@ def test_elementwise_work_is_what_is_read_and_written() -> None:
         assert dense.cublas(case, inputs)().nbytes == dense.outputs(case)
         assert dense.work(case).bytes == nbytes(inputs) + dense.outputs(case)
     assert int4.work(product).bytes == nbytes(int4.make_inputs(product, CPU, 0)) + int4.outputs(product)
-    for append in ("", "float32", "int8"):
-        turned = small_rotary(append=append)
+    chosen = choice.ChoiceCase(model="tiny", dtype="float16", vocabulary=40, rows=3)
+    assert choice.work(chosen).bytes == nbytes(choice.make_inputs(chosen, CPU, 0)) + choice.outputs(chosen)
+    step = small_append()
+    inputs = append.make_inputs(step, CPU, 0)
+    touched = {name: x for name, x in inputs.items() if name not in ("at", "length")}  # the token is written, not read
+    assert append.work(step).bytes == nbytes(touched) + append.outputs(step)
+    for kept_as in ("", "float32", "int8"):
+        turned = small_rotary(append=kept_as)
         inputs = {name: x for name, x in rotary.make_inputs(turned, CPU, 0).items() if name != "at"}
-        kept = rotary.caches(turned, CPU) if append else {}
+        kept = rotary.caches(turned, CPU) if kept_as else {}
         slots = turned.tokens / (turned.tokens + rotary.HELD)
-        made = slots * nbytes(kept) + turned.batch * turned.tokens * (4 if append else 6) * 16 * 4
+        made = slots * nbytes(kept) + turned.batch * turned.tokens * (4 if kept_as else 6) * 16 * 4
         assert rotary.work(turned).bytes == nbytes(inputs) + made
 
 
@@ -231,6 +244,7 @@ def test_the_models_sizes_are_the_published_ones(release: str) -> None:
     assert activation == model.activation
     first = getattr(block.norm, "weight_first", None)
     assert model.norm == {None: "layer", True: "rms before", False: "rms after"}[first]
+    assert choice.VOCABULARIES.get(model, found.spec.vocabulary) == found.spec.vocabulary
     turns: Any = found.spec.rotary
     assert (turns.pairing, turns.widths) == model.rotary
 
@@ -359,11 +373,13 @@ HALF: dict[str, Any] = {"dtype": "float16"}
 FEW: list[tuple[Subject[Any], Case]] = [  # for the interpreter, which is slow, and for a GPU, where peers are compiled
     (attention.SUBJECT, small_attention("prefix", backward=True, value=16, batch=1, **HALF)),
     (decode.SUBJECT, small_decode(ragged=True, **HALF)),
+    (append.SUBJECT, small_append(**HALF)),
     (norms.SUBJECT, norms.NormCase(model="tiny", kind="layer", width=48, rows=5, residual=True, **HALF)),
     (rotary.SUBJECT, small_rotary(append="float16", **HALF)),
     (activations.SUBJECT, activations.ActivationCase(model="tiny", kind="swiglu", inner=24, rows=5, **HALF)),
     (dense.SUBJECT, dense.DenseCase(model="tiny", matrix="up", outputs=40, inputs=256, rows=2, norm=True, **HALF)),
     (int4.SUBJECT, int4.Int4Case(model="tiny", matrix="down", outputs=40, inputs=256, rows=3, **HALF)),
+    (choice.SUBJECT, choice.ChoiceCase(model="tiny", vocabulary=50, rows=3, **HALF)),
 ]
 
 
@@ -378,8 +394,9 @@ def tiny_cases() -> list[tuple[Subject[Any], Case]]:
         case = norms.NormCase(model="tiny", kind=kind, width=48, rows=5, residual=residual, **HALF)
         found.append((norms.SUBJECT, case))
     for pairing, widths in (("interleaved", (8,)), ("halves", (8, 8)), ("halves", (16,))):
-        for append in ("", "float16", "int8"):
-            found.append((rotary.SUBJECT, small_rotary(pairing=pairing, widths=widths, append=append, **HALF)))
+        found.append((append.SUBJECT, small_append(pairing=pairing, widths=widths, **HALF)))
+        for kept_as in ("", "float16", "int8"):
+            found.append((rotary.SUBJECT, small_rotary(pairing=pairing, widths=widths, append=kept_as, **HALF)))
     for kind in activations.PLAIN:
         activation = activations.ActivationCase(model="tiny", kind=kind, inner=24, rows=5, **HALF)
         found.append((activations.SUBJECT, activation))
@@ -389,6 +406,7 @@ def tiny_cases() -> list[tuple[Subject[Any], Case]]:
     for rows in (1, 5):
         product = int4.Int4Case(model="tiny", matrix="down", outputs=40, inputs=256, rows=rows, **HALF)
         found.append((int4.SUBJECT, product))
+    found.append((choice.SUBJECT, choice.ChoiceCase(model="tiny", vocabulary=5000, rows=3, **HALF)))
     return found
 
 
@@ -411,7 +429,8 @@ def test_ours_and_peers_are_measured(subject: Subject[Any], case: Any, device: s
 
 
 NEW = (
-    "attention", "decode_attention", "decode_latent_attention", "swiglu", "geglu", "gelu", "rotary", "rotary_append",
+    "append_attention", "attention", "decode_attention", "decode_latent_attention", "swiglu", "geglu", "gelu",
+    "rotary", "rotary_append",
 )  # fmt: skip
 
 
@@ -426,6 +445,16 @@ def test_a_cache_that_is_not_written_is_found_out() -> None:
         return lambda: (call()[0], rotary.caches(case, CPU))
 
     assert [fault.split(":")[0] for fault in verdicts(rotary.SUBJECT, case, lazy)] == ["k", "v"]
+
+    step, wrote = small_append(), partial(append.torch_step, compile=False)
+    assert verdicts(append.SUBJECT, step, wrote) == []
+
+    def forgets(case: append.AppendCase, inputs: Any) -> Call:
+        o = wrote(case, inputs)()
+        append.emptied(inputs)
+        return lambda: o
+
+    assert [fault.split(":")[0] for fault in verdicts(append.SUBJECT, step, forgets)] == ["key and value"]
 
 
 LADDER = """
@@ -717,7 +746,7 @@ def test_importance_orders_cases_of_all_subjects() -> None:
     assert order == sorted(order)
     quick = plan(SUBJECTS, 0)
     assert {subject.name for subject, _ in quick} == {subject.name for subject in SUBJECTS}
-    assert len(quick) < 40 < len(entries)
+    assert len(quick) < 45 < len(entries)
     covered = {goal for subject, case in quick for goal in goals.goals_of(row_of(subject, case))}
     assert covered == set(goals.GOALS), "a short run measures every goal"
 
@@ -1053,7 +1082,7 @@ def test_without_a_gpu_there_is_one_clear_error(tmp_path: Path) -> None:
 @directly
 def test_a_strange_subject_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["rugs"]) == 2
-    assert "no subject 'rugs'; there are attention, decode, norms" in capsys.readouterr().err.replace("\n", " ")
+    assert "no subject 'rugs'; there are attention, decode, append, norms" in capsys.readouterr().err.replace("\n", " ")
     assert command.main(["all", "--minutes", "0"]) == 2
 
 

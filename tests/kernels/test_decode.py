@@ -120,8 +120,7 @@ def launched(case: Case, x: dict[str, Any]) -> Tensor:
         q, *order, 0.4, x["key_scale"], x["value_scale"], y.out,
         shape=case.shape, splits=case.splits, last=case.last, partial=partial,
     )  # fmt: skip
-    for buffer, part in zip(buffers, inner, strict=True):
-        assert part.isfinite().all(), "partial sums not all written, or what is outside was read"
+    for buffer in buffers:
         assert (buffer[:MARGIN] == GUARD).all(), "written outside"
         assert (buffer[-MARGIN:] == GUARD).all(), "written outside"
     assert all((c == 0).all() for c in module.counters.values()), "counters not set back"
@@ -157,8 +156,9 @@ EDGES = {
     "start at and after the end": Case(B=4, length=(20,), start=(19, 20, 25, -3)),
     "longer than the cache": Case(B=2, T=2, S=20, length=(21, 20)),
     "more splits than blocks": Case(length=(40, 3), splits=7),
-    "a second kernel": Case(length=(40, 3), splits=5, last=1, T=2),
-    "more splits than a chunk": Case(B=1, G=1, R=1, V=256, S=140, length=(140,), splits=36, last=1, T=1),
+    "joined in two steps": Case(S=80, length=(80, 33, 3), B=3, splits=5, last=1, T=2),
+    "in two steps, the last part shorter": Case(B=1, G=1, R=1, V=256, S=140, length=(140,), splits=9, last=2),
+    "more splits than the length needs": Case(S=140, length=(17, 16), splits=9, last=2),
     "group of 32": Case(B=1, R=32, T=3, splits=3),
     "one head a group": Case(G=5, R=1, T=2),
     "several tiles of rows": Case(R=6, T=3, splits=3, K=16, V=24),
@@ -166,7 +166,7 @@ EDGES = {
     "latent": Case(G=1, R=5, K=32, V=0, rest=8, start=(3, 0)),
     "latent without rest": Case(G=1, R=5, K=16, V=0, T=2),
     "int8": Case(int8=True, T=2, start=(0, 5), K=24, V=40),
-    "int8, second kernel": Case(int8=True, splits=4, last=0, R=1, K=24, V=40),
+    "int8, in two steps": Case(int8=True, S=70, length=(70, 64), splits=5, last=0, R=1, K=24, V=40),
 }
 
 
@@ -261,24 +261,25 @@ MUTANTS = {  # kernel: {name: what is replaced, by what}
         "values of another group": ("v += b * v_row + g * v_group", "v += b * v_row"),
         "length of another row": ("tl.load(length + b)", "tl.load(length + b * 0)"),
         "start of another row": ("tl.load(start + b)", "tl.load(start + b * 0)"),
-        "mask one too wide": ("last = count - T + token", "last = count - T + token + 1"),
-        "mask one too narrow": ("last = count - T + token", "last = count - T + token - 1"),
-        "the token's place forgotten": ("last = count - T + token", "last = count - T + 0 * token"),
+        "mask one too wide": ("last_seen = count - T + token", "last_seen = count - T + token + 1"),
+        "mask one too narrow": ("last_seen = count - T + token", "last_seen = count - T + token - 1"),
+        "the token's place forgotten": ("last_seen = count - T + token", "last_seen = count - T + 0 * token"),
         "keys past the split": ("there = j < end", "there = j < S"),
         "the last key left out": ("there = j < end", "there = j < end - 1"),
-        "read past the cache": ("end = tl.minimum(count, S)", "end = count"),
+        "read past the cache": ("end = tl.minimum(count if new_k is None else count - T, S)", "end = count"),
         "unwritten values read": ("mask=there[:, None] & (d < V), other=0)", "mask=d < V, other=0)"),
         "sum not rescaled": ("parts * keep[:, None] + p", "parts + p"),
         "accumulator not rescaled": ("acc *= keep[:, None]", "pass"),
-        "accumulator not rescaled in the last program": ("acc * keep[:, None] +", "acc +"),
-        "split not rescaled in the last program": (
-            "keep, add = tl.exp2(top - higher), tl.exp2(its_top - higher)",
-            "keep, add = tl.exp2(top - higher), 1 + 0 * top",
-        ),
-        "splits not in their own place": ("mine = at_row + split * (R * T)", "mine = at_row + (split + 1) * (R * T)"),
-        "one split left out": ("tl.range(0, splits, num_stages=joins)", "tl.range(1, splits, num_stages=joins)"),
-        "joined too early": ("== splits - 1", "== splits - 2"),
-        "counter not set back": ("tl.store(arrived + program, 0)", "pass"),
+        "splits not in their own place": ("first_row + split * (R * T)", "first_row + (split + 1) * (R * T)"),
+        "a split without keys counts": ("if split >= busy:", "if split > busy:"),
+        "a split with keys does not count": ("if split >= busy:", "if split >= busy - 1:"),
+        "joined too early": ("== members - 1", "== members - 2"),
+        "joined too early in the second step": ("== parted - 1", "== parted - 2"),
+        "the last part taken for a whole one": ("tl.minimum(near, busy - part * near)", "near"),
+        "counter not set back": ("tl.store(arrived + 1 + part, 0)", "pass"),
+        "counter of parts not set back": ("tl.store(arrived, 0)", "pass"),
+        "parts one beside the other": ("step = near * R * T", "step = R * T"),
+        "first part of all joined": ("its = first_row + part * near * (R * T)", "its = first_row"),
         "rows past the end stored": (
             "inside = real_row[:, None] & (d < V)",
             "inside = (real_row | True)[:, None] & (d < V)",
@@ -287,9 +288,8 @@ MUTANTS = {  # kernel: {name: what is replaced, by what}
             "inside = real_row[:, None] & (d < V)",
             "inside = real_row[:, None] & (d < V + 1)",
         ),
-        "empty rows divided": ("tl.where(total > 0, total, 1.0)", "total"),
-        "scales swapped": ("tl.load(key_scale + at", "tl.load(value_scale + at"),
-        "value scale of another token": ("tl.load(value_scale + at * vs_token", "tl.load(value_scale + at * 0"),
+        "scales swapped": ("tl.load(key_scale + place", "tl.load(value_scale + place"),
+        "value scale of another token": ("tl.load(value_scale + place * vs_token", "tl.load(value_scale + place * 0"),
         "products of scales underflow": ("largest = tl.maximum(tl.max(tl.abs(w)), 1e-37)", "largest = 1.0"),
         "rest of the latent left out": (
             "x = tl.dot(x_rest, tl.trans(others), x,",
@@ -299,11 +299,17 @@ MUTANTS = {  # kernel: {name: what is replaced, by what}
     "real": {
         "int8 without its sign": ("^ 0x80", "^ 0x00"),
     },
-    "join_kernel": {
-        "not rescaled in the second kernel": ("acc = acc * keep +", "acc = acc +"),
-        "sum not rescaled in the second kernel": ("total = total * keep +", "total = total +"),
-        "splits past the end": ("there = s < splits", "there = s < splits + 1"),
-        "head of another token": ("r // T, r % T", "r % T, r // T"),
+    "put_result": {
+        "empty rows divided": ("tl.where(total > 0, total, 1.0)", "total"),
+    },
+    "joined": {
+        "accumulator not rescaled": ("acc * keep[:, None] +", "acc +"),
+        "sum not rescaled": ("total * keep +", "total +"),
+        "split not rescaled": (
+            "keep, add = tl.exp2(top - higher), tl.exp2(its_top - higher)",
+            "keep, add = tl.exp2(top - higher), 1 + 0 * top",
+        ),
+        "one split left out": ("tl.range(0, count, num_stages=stages)", "tl.range(1, count, num_stages=stages)"),
     },
 }
 TRIALS = [  # small cases that together find every one of them
@@ -311,7 +317,7 @@ TRIALS = [  # small cases that together find every one of them
     Case(B=3, T=2, S=18, length=(20, 0, 5), splits=2),
     Case(B=1, G=1, R=3, K=16, V=0, rest=8, length=(37,), splits=1),
     Case(B=1, int8=True, K=24, V=16, length=(37,), splits=3),
-    Case(R=1, T=3, V=12, S=90, length=(89, 70), splits=6, last=0),
+    Case(R=1, T=3, V=12, S=140, length=(139, 70), splits=9, last=1),
 ]
 
 
@@ -321,10 +327,9 @@ def test_mutant_is_caught(which: str, name: str, tmp_path: Path, monkeypatch: py
     right, wrong = MUTANTS[which][name]
     put_in(monkeypatch, tmp_path, module, which, right, wrong)
     monkeypatch.setattr(module, "counters", {})
-    monkeypatch.setattr(module, "chunk_of", lambda V: 4)  # the second kernel needs two steps
 
     def check_all() -> None:
-        for trial in TRIALS if which != "join_kernel" else TRIALS[-1:]:
+        for trial in TRIALS:
             check(trial, torch.float16)
 
     with pytest.raises(AssertionError):
@@ -332,8 +337,7 @@ def test_mutant_is_caught(which: str, name: str, tmp_path: Path, monkeypatch: py
 
 
 @kernel
-def test_trials_pass_unbroken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "chunk_of", lambda V: 4)
+def test_trials_pass_unbroken() -> None:
     for trial in TRIALS:
         check(trial, torch.float16)
 
@@ -356,7 +360,7 @@ def test_splits_fill_the_device() -> None:
         assert 1 <= splits <= max(1, math.ceil(S / block))
         if S >= 4096:
             assert programs * splits >= 0.9 * 264 * math.ceil(programs * splits / 264)
-    assert module.splits_of_launch(2, 1024, 64, 264) == 16 <= module.LAST, "a short cache takes one launch"
+    assert module.splits_of_launch(2, 1024, 64, 264) == 16 <= module.LAST, "a short cache is joined at once"
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
@@ -453,7 +457,7 @@ def test_machine_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         code = compile(variant, target)
         assert code.count(product) > 0, variant.name
         assert code.count("LDL|STL") == 0, variant.name
-        assert code.count(r"I2F\.") <= 5, "int8 is converted by the slow pipe"
+        assert code.count(r"I2F\.") <= 7, "int8 is converted by the slow pipe"
         shape, e = variant.values, 1 if "int8" in variant.label else 2
         channels = shape["KB"] + (shape["RB"] if shape["rest"] else shape["VB"])
         step = shape["block"] * channels * e // (16 * 32 * variant.options["num_warps"])  # loads of a thread and block
@@ -461,7 +465,7 @@ def test_machine_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert code.count(r"LDG\.E\.(U8|U16|S8)") == 0, variant.name
         assert code.count(r"MEMBAR.*GPU") > 0, variant.name
         assert code.count(r"CCTL\.IVALL") > 0, variant.name
-        assert code.count(r"ATOM") == 1, variant.name
+        assert code.count(r"ATOM") == 2, variant.name
 
 
 @directly

@@ -91,8 +91,9 @@ def test_stop_strings_and_nothing_asked_for() -> None:
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_weights_become_integers(weights: str) -> None:
     """What comes out is what a model says whose matrices are those integers, written out."""
+    from glm.grouped import fitting
     from glm.quantization import dequantize, quantize
-    from glm.runtime.matrices import fitting, integer_form
+    from glm.runtime.matrices import integer_form
 
     pure = model_of(even(native_spec()), 5)
     engine = Engine(pure, max_length=LONG, weights=weights)
@@ -287,13 +288,13 @@ def test_a_mask_written_out_is_the_rule() -> None:
 
 def test_an_idle_row_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[Tensor] = []
-    whole = attention.decode_attention
+    whole = attention.append_attention
 
-    def watched(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
-        lengths.append(length)
-        return whole(q, k, v, length)
+    def watched(*operands: Any, **how: Any) -> Tensor:
+        lengths.append(operands[-1])
+        return whole(*operands, **how)
 
-    monkeypatch.setattr(attention, "decode_attention", watched)
+    monkeypatch.setattr(attention, "append_attention", watched)
     engine = Engine(model(), max_batch=4, max_length=LONG)
     requests = [engine.submit([3] * count, max_new_tokens=9, stop=()) for count in (2, 3, 4)]
     for _ in range(4):
@@ -304,7 +305,7 @@ def test_an_idle_row_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [length.tolist()[1::2] for length in lengths] == [[0, 0]] * 2
 
 
-def test_a_block_is_six_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_five_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many kernels as a layer should have; the rest of a step does not grow with the layers."""
     calls: list[str] = []
 
@@ -316,7 +317,7 @@ def test_a_block_is_six_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     for module, name in (
-        (matrices, "dense_matmul"), (attention, "rotary_append"), (attention, "decode_attention"),
+        (matrices, "dense_matmul"), (attention, "append_attention"), (attention, "rotary_append"),
         (norms, "rms_norm"), (attention, "append"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
@@ -326,7 +327,7 @@ def test_a_block_is_six_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.step()
     calls.clear()
     engine.step()
-    block = ["dense_matmul", "rotary_append", "decode_attention", *["dense_matmul"] * 3]
+    block = ["dense_matmul", "append_attention", *["dense_matmul"] * 3]
     assert calls == [*block * 3, "dense_matmul"]
     engine.cancel(request)
 

@@ -19,7 +19,7 @@ import glm
 from glm import GLM, Engine
 from glm.errors import LayoutError
 from glm.layout import Blank, Layout
-from glm.runtime import decoding, norms
+from glm.runtime import decoding, norms, sampling
 from glm.runtime.composed import Composed
 from glm.verify import verify
 
@@ -58,7 +58,7 @@ def decoded(engine: Engine, ids: list[int], prompt: int, at_once: int) -> Tensor
     found = []
     for start in range(prompt, len(ids), at_once):
         tokens = torch.tensor([ids[start : start + at_once]])
-        engine.rows.token[slot] = tokens[0, 0]
+        engine.rows.length[slot] = engine.rows.at[slot] + tokens.shape[1]
         found.append(engine.composed.logits(decoding.read(engine.composed, engine.slots, engine.rows, tokens))[0])
         engine.rows.at[slot] += tokens.shape[1]
         engine.rows.positions[slot] += tokens.shape[1] * engine.rows.steps[slot]
@@ -183,8 +183,8 @@ def test_verify_asks_the_engine_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.ok
     assert sum(row.quantity == "logits, engine" for row in report.rows) == 4
     assert any(row.quantity == "greedy, engine" for row in report.rows)
-    whole = decoding.greedy
-    monkeypatch.setattr(decoding, "greedy", lambda logits: whole(-logits))
+    whole = sampling.likeliest
+    monkeypatch.setattr(sampling, "likeliest", lambda logits: whole(-logits))
     wrong = {row.quantity for row in verify(ALL["chatglm3-base"], engine=True).rows if not row.ok}
     assert wrong == {"greedy, engine"}
     monkeypatch.setattr(Composed, "logits", lambda self, x: self.head(x))

@@ -153,6 +153,7 @@ class Watch(TorchDispatchMode):
     """Raises WaitError where a GPU would have been waited for, in the kernels' references too.
 
     Not in the reference of a product with offsets: in half precision a kernel computes it, else nothing is recorded.
+    Nor in that of `accept`, whose kernel takes all that lies on a GPU.
     """
 
     hidden = True
@@ -172,7 +173,7 @@ class Watch(TorchDispatchMode):
         if name.startswith("glm_kernels::"):
             given = dict(zip([argument.name for argument in func._schema.arguments], args, strict=False))
             try:
-                if given.get("offsets") is None:
+                if given.get("offsets") is None and name != "glm_kernels::accept":
                     with self:
                         return OPDEFS[name]._init_fn(*args)
                 self.hidden = True
@@ -236,4 +237,4 @@ def test_a_step_never_waits_for_the_host(name: str, draft: bool, watch: Watch) -
                 recorded.function()
         for request in requests:
             engine.cancel(request)
-    assert {plain for _, plain in engine.recordings} == {True, False}
+    assert len({choice for _, choice in engine.recordings}) == 2

@@ -16,7 +16,9 @@ from rich.table import Table
 
 from glm_kernels.bench import (
     activations,
+    append,
     attention,
+    choice,
     decode,
     dense,
     int4,
@@ -34,7 +36,7 @@ from glm_kernels.bench.timing import GraphTimer
 
 SUBJECTS: dict[str, Subject[Any]] = {
     module.SUBJECT.name: module.SUBJECT
-    for module in (attention, decode, norms, rotary, activations, dense, int4, ladders)
+    for module in (attention, decode, append, norms, rotary, activations, dense, int4, choice, ladders)
 }
 ALL = "all"
 
