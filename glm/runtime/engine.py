@@ -393,7 +393,7 @@ class Engine:
         ids = torch.empty(outcome.ids.shape, dtype=torch.long, pin_memory=True)
         ids.copy_(outcome.ids, non_blocking=True)  # the next replay writes to the same place
         ready = torch.cuda.Event()
-        ready.record()
+        ready.record(torch.cuda.current_stream(self.device))
         return Pending(writers, Outcome(ids, outcome.stream), ready)
 
     def advance(self, rows: int, choice: Choice) -> Outcome:
@@ -460,14 +460,15 @@ class Engine:
     # ------------------------------------------------------------------------- the device
 
     def warm_up(self, step: Any) -> None:
-        """Run a step with all rows at rest."""
+        """Run a step with all rows at rest, or as much of it as can be."""
         at, length = self.rows.at.clone(), self.rows.length.clone()
         self.rows.at.fill_(self.slots.nowhere)
         self.rows.length.zero_()
-        for _ in range(2):
+        try:
             step()
-        self.rows.at.copy_(at)
-        self.rows.length.copy_(length)
+        finally:
+            self.rows.at.copy_(at)
+            self.rows.length.copy_(length)
 
     # ------------------------------------------------------------------------- when numbers go wrong
 

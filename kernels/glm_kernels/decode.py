@@ -94,6 +94,7 @@ def decode_attention_reference(
     )
     unseen = ~seen.any(1)[:, None, :, None]  # what lies there may be NaN
     k, v = k.to(q.dtype).masked_fill(unseen, 0), v.to(q.dtype).masked_fill(unseen, 0)
+    q = q.clone(memory_format=torch.contiguous_format)  # on a GPU torch wants it aligned
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=scale, enable_gqa=True)
     return y.masked_fill(~seen.any(2)[:, None, :, None], 0)
 

@@ -88,14 +88,19 @@ def rotary_append_reference(
     H = query_heads(qkv, key_cache, value_cache)
     q, k, v = qkv.split((H * K, G * K, G * value_cache.shape[-1]), dim=-1)
     q, k = (rotary_reference(x.unflatten(-1, (-1, K)), cos, sin, widths=widths, pairing=pairing) for x in (q, k))
-    slot = at[:, None].long() + torch.arange(T, device=at.device)  # [B T]
-    row, token = ((slot >= 0) & (slot < S)).nonzero(as_tuple=True)
-    slot = slot[row, token]
+    # who has no slot does once more what its nearest neighbour with one does, or puts back what is there: so the host
+    # need not wait to hear how many have one
+    begin = at[:, None].long()
+    slot = (begin + torch.arange(T, device=at.device)).clamp(0, S - 1)  # [B T]
+    source = slot - begin
+    has_one = ((source >= 0) & (source < T))[..., None]
+    row, source = torch.arange(len(qkv), device=at.device)[:, None], source.clamp(0, T - 1)
     for new, cache, scale in ((k, key_cache, key_scale), (v.unflatten(-1, (G, -1)), value_cache, value_scale)):
-        if scale is None:
-            cache[row, :, slot] = new[row, token]
-        else:
-            cache[row, :, slot], scale[row, :, slot] = quantised(new[row, token])
+        new = new[row, source]  # [B T G K]
+        if scale is not None:
+            new, steps = quantised(new)
+            scale[row, :, slot] = torch.where(has_one, steps, scale[row, :, slot])
+        cache[row, :, slot] = torch.where(has_one[..., None], new, cache[row, :, slot])
     return q
 
 

@@ -155,7 +155,7 @@ def test_ptx_gives_what_its_twin_gives(dtype: torch.dtype, bits: int) -> None:
 def test_forms(case: Case, dtype: torch.dtype, device: str, bits: int) -> None:
     if INTERPRETED and dtype == torch.float32 and CASES.index(case) % 3:
         pytest.skip("a third of them in float32")
-    if INTERPRETED or device == "cuda":
+    if INTERPRETED or (device == "cuda" and dtype != torch.float32):  # which the kernel takes in the interpreter only
         check(case, bits, dtype, device)
     arguments = inputs(case, bits, dtype, device)
     shared: dict[str, Any] = {"group": case.group or case.I, "bias": arguments["bias"], "swiglu": case.swiglu}

@@ -82,6 +82,30 @@ def test_overlapped_steps_give_the_same_tokens(weights: str | None) -> None:
             assert engine.generate(prompts, max_new_tokens=150, stop=()) == new
 
 
+@pytest.mark.parametrize("name", ["experts", "experts, groups, int8", "latent", "sparse"])
+def test_a_replayed_step_of_experts_is_the_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same of what is recorded in half precision only, greedy and sampled."""
+    pure = made(TOYS[name], torch.bfloat16).to(CUDA)
+    prompts = toy_prompts(pure.spec)
+    for how in ({}, {"temperature": 1.0, "top_k": 20, "seed": 5}):
+        engine = Engine(pure, max_batch=2, max_length=64)
+        new = engine.generate(prompts, max_new_tokens=30, stop=(), **how)
+        assert all(recording.graph is not None for recording in engine.recordings.values())
+        with monkeypatch.context() as launched:
+            launched.setattr(Recording, "__call__", lambda recording: recording.function())
+            other = Engine(pure, max_batch=2, max_length=64)
+            assert other.generate(prompts, max_new_tokens=30, stop=(), **how) == new
+
+
+def test_what_waits_is_not_recorded() -> None:
+    """Experts in float32: their products read on the host where each expert's rows begin."""
+    pure = made(TOYS["experts"], torch.float32).to(CUDA)
+    engine = Engine(pure, max_batch=2, max_length=64)
+    engine.generate(toy_prompts(pure.spec), max_new_tokens=9, stop=())
+    assert engine.recordings
+    assert all(recording.graph is None for recording in engine.recordings.values())
+
+
 @pytest.mark.parametrize("guesses", [1, 3, 7])
 def test_guesses(guesses: int) -> None:
     pure = model().to(CUDA)
