@@ -20,6 +20,7 @@ from torch import Tensor
 
 from glm_kernels.dispatch import Target, jit, takes_kernel, tl
 from glm_kernels.operators import operator
+from glm_kernels.overlap import launched, overlaps, release, tiles_ahead, wait
 from glm_kernels.variants import Variant
 
 REJECTED = -2  # in the place of an id that does not count
@@ -57,9 +58,12 @@ def accept_reference(
 @jit
 def accept_kernel(  # type: ignore[no-untyped-def]
     ids, tokens, length, at, count, positions, steps, seen, ids_row, tokens_row, seen_row, B, T,
-    A: tl.constexpr, rejected: tl.constexpr, rows: tl.constexpr,
+    A: tl.constexpr, rejected: tl.constexpr, rows: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     """(1) for some rows, and all that follows from it."""
+    if ahead is not None:  # there are no weights to fetch
+        release()
+        wait()
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     there = row < B
     cached = tl.load(length + row, mask=there, other=0)
@@ -91,11 +95,11 @@ def launch(
     seen: Tensor,
 ) -> None:  # fmt: skip
     """Write to all of them but `steps`, as `accept` says."""
-    (B, T), A = ids.shape, steps.shape[1]
+    (B, T), A, ahead = ids.shape, steps.shape[1], tiles_ahead(ids)
     with torch.cuda.device_of(ids):
         accept_kernel[(-(-B // ROWS),)](
             ids, tokens, length, at, count, positions, steps, seen, ids.stride(0), tokens.stride(0), seen.stride(0),
-            B, T, A, REJECTED, ROWS, num_warps=1,
+            B, T, A, REJECTED, ROWS, ahead, num_warps=1, **launched(ahead),
         )  # fmt: skip
 
 
@@ -104,10 +108,13 @@ def variants(target: Target) -> list[Variant]:
     counts = ("ids_row", "tokens_row", "B", "T")
     types = dict.fromkeys(("ids", "tokens", "count", "positions", "steps"), "*i64")
     types |= dict.fromkeys(("length", "at"), "*i32") | {"seen": "*i1"} | dict.fromkeys((*counts, "seen_row"), "i32")
-    fixed = {"rejected": REJECTED, "rows": ROWS}
-    return [
-        Variant(f"axes {A}", accept_kernel, types, fixed | {"A": A}, {"num_warps": 1}, unaligned=counts) for A in (1, 2)
-    ]
+
+    def variant(A: int, ahead: int | None = None) -> Variant:
+        label, options = f"axes {A}{'' if ahead is None else ' overlap'}", {"num_warps": 1} | launched(ahead)
+        values = {"rejected": REJECTED, "rows": ROWS, "A": A, "ahead": ahead}
+        return Variant(label, accept_kernel, types, values, options, unaligned=counts)
+
+    return [variant(1), variant(2), *([variant(1, 0)] if overlaps(target) else [])]
 
 
 # ----------------------------------------------------------------------------- wrapper

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from glm_kernels.dispatch import Target, jit, takes_kernel, tl, wide
 from glm_kernels.operators import operator
+from glm_kernels.overlap import launched, overlaps, release, tiles_ahead, wait
 from glm_kernels.variants import POINTERS, Variant
 
 BLOCK, WARPS = 2048, 4  # logits of a part: 16 a thread, loaded 16 bytes at once
@@ -38,8 +39,13 @@ def likeliest_reference(logits: Tensor) -> Tensor:
 
 
 @jit
-def likeliest_part_kernel(logits, tops, leaders, row_stride, V, parts, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def likeliest_part_kernel(  # type: ignore[no-untyped-def]
+    logits, tops, leaders, row_stride, V, parts, block: tl.constexpr, ahead: tl.constexpr
+):
     """(1) of one part of a row: its largest logit to `tops` [R, parts], the id of that to `leaders`."""
+    if ahead is not None:  # there are no weights to fetch
+        release()
+        wait()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = part * block + tl.arange(0, block)
     inside = i < V
@@ -52,8 +58,11 @@ def likeliest_part_kernel(logits, tops, leaders, row_stride, V, parts, block: tl
 
 
 @jit
-def likeliest_join_kernel(tops, leaders, ids, parts, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def likeliest_join_kernel(tops, leaders, ids, parts, block: tl.constexpr, ahead: tl.constexpr):  # type: ignore[no-untyped-def]
     """(1) of all parts of a row."""
+    if ahead is not None:
+        release()
+        wait()
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, block)
     inside = part < parts
@@ -71,24 +80,31 @@ def power(n: int) -> int:
 
 def launch(logits: Tensor, ids: Tensor, tops: Tensor, leaders: Tensor, block: int = BLOCK) -> None:
     """Fill ids [R] of logits [R, V], rows at any stride, by way of tops float32 and leaders int32 [R, parts]."""
-    (R, V), parts = logits.shape, tops.shape[1]
+    (R, V), parts, ahead = logits.shape, tops.shape[1], tiles_ahead(logits)
     with torch.cuda.device_of(logits):
-        likeliest_part_kernel[(R, parts)](logits, tops, leaders, logits.stride(0), V, parts, block, num_warps=WARPS)
-        likeliest_join_kernel[(R,)](tops, leaders, ids, parts, power(parts), num_warps=1)
+        likeliest_part_kernel[(R, parts)](
+            logits, tops, leaders, logits.stride(0), V, parts, block, ahead, num_warps=WARPS, **launched(ahead)
+        )
+        likeliest_join_kernel[(R,)](tops, leaders, ids, parts, power(parts), ahead, num_warps=1, **launched(ahead))
 
 
 def variants(target: Target) -> list[Variant]:
     """The part in every dtype; the join for vocabularies of up to 65536, 131072 and 262144."""
     part = {"tops": "*fp32", "leaders": "*i32", "row_stride": "i32", "V": "i32", "parts": "i32"}
     join = {"tops": "*fp32", "leaders": "*i32", "ids": "*i64", "parts": "i32"}
-    odd, one = ("parts",), {"num_warps": 1}
-    return [
-        *(
-            Variant(p[1:], likeliest_part_kernel, {"logits": p, **part}, {"block": BLOCK}, {"num_warps": WARPS}, odd)
-            for p in POINTERS.values()
-        ),
-        *(Variant(f"{n}", likeliest_join_kernel, join, {"block": n}, one, odd) for n in (32, 64, 128)),
-    ]
+    odd = ("parts",)
+
+    def part_of(pointer: str, ahead: int | None = None) -> Variant:
+        label, options = f"{pointer[1:]}{'' if ahead is None else ' overlap'}", {"num_warps": WARPS} | launched(ahead)
+        values = {"block": BLOCK, "ahead": ahead}
+        return Variant(label, likeliest_part_kernel, {"logits": pointer, **part}, values, options, odd)
+
+    def join_of(block: int, ahead: int | None = None) -> Variant:
+        label, options = f"{block}{'' if ahead is None else ' overlap'}", {"num_warps": 1} | launched(ahead)
+        return Variant(label, likeliest_join_kernel, join, {"block": block, "ahead": ahead}, options, odd)
+
+    found = [*map(part_of, POINTERS.values()), *map(join_of, (32, 64, 128))]
+    return [*found, part_of("*bf16", 0), join_of(128, 0)] if overlaps(target) else found
 
 
 # ----------------------------------------------------------------------------- wrapper

@@ -58,6 +58,7 @@ from torch.nn import functional as F
 
 from glm_kernels.dispatch import Target, jit, takes_kernel, target, tl, triton
 from glm_kernels.operators import operator
+from glm_kernels.overlap import launched, overlaps, release, tiles_ahead, wait
 from glm_kernels.rotary import FORMS, pairs
 from glm_kernels.variants import POINTERS, Variant
 
@@ -192,7 +193,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     vs_row, vs_group, vs_token, y_row, y_head, y_token, turn_row, turn_token, scale, G, R, T, S, splits, last, near,
     K: tl.constexpr, V: tl.constexpr, rows: tl.constexpr, block: tl.constexpr, stages: tl.constexpr,
     joins: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, rest: tl.constexpr, RB: tl.constexpr,
-    widths: tl.constexpr, interleaved: tl.constexpr,
+    widths: tl.constexpr, interleaved: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     """m, z and a of one split of the keys for `rows` of the R·T queries of a group; who is last joins and writes y.
 
@@ -204,6 +205,10 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     group, split = program // tiles, tl.program_id(1)
     b, g = (group // G).to(tl.int64), (group % G).to(tl.int64)
+
+    if ahead is not None:  # there are no weights to fetch
+        release()
+        wait()
 
     # the keys of this split: an equal share, in blocks, of those between start and length
     count = tl.load(length + b).to(tl.int32)
@@ -473,12 +478,13 @@ def launch(
         turns = new.cos.stride()[:2]
     given = (None,) * 5 if new is None else new[:5]
     widths, interleaved = ((), False) if new is None else pairs(new.widths, new.pairing)
+    ahead = tiles_ahead(q)
     with torch.cuda.device_of(q):
         decode_kernel[(programs, splits)](
             q, k, v, key_scale, value_scale, length, start, y, *partial, arrived, *given, *strides, *turns,
             scale * 1.4426950408889634, G, H // G, T, S, splits, last, 1 + math.isqrt(splits - 1),
             K, V, shape.rows, shape.block, shape.stages, shape.joins, power(K), power(V), rest, power(rest or 1),
-            widths, interleaved, num_warps=shape.warps, enable_fp_fusion=True,
+            widths, interleaved, ahead, num_warps=shape.warps, enable_fp_fusion=True, **launched(ahead),
         )  # fmt: skip
 
 
@@ -503,6 +509,7 @@ def variants(target: Target) -> list[Variant]:
         *(variant(target, half, 128, 128, rows, new=new) for new in FORMS if "128" in new for rows in (16, 64)),
         variant(target, half, 64, 64, 16, new="none"),
         variant(target, torch.float16, 128, 128, 16, new="interleaved half of 128"),
+        *(variant(target, half, 128, 128, 16, new=new, ahead=0) for new in FORMS if "half" in new and overlaps(target)),
     ]
 
 
@@ -516,6 +523,7 @@ def variant(
     int8: bool = False,
     started: bool = False,
     new: str | None = None,
+    ahead: int | None = None,
 ) -> Variant:
     """As a launch with so many queries a group compiles it; V = 0 is the latent of GLM-4.7-Flash, 512 of K as values.
 
@@ -544,11 +552,11 @@ def variant(
     values["widths"], values["interleaved"] = pairs(*FORMS[new][:2]) if new in FORMS else ((), False)
     label = f"{K}{'' if rest == 0 else ' latent'}{' int8' if int8 else ''}{' started' if started else ''}"
     label += f" new, turned: {new}" if new else ""
-    return Variant(
-        f"{label} rows {shape.rows} {pointer[1:]}", decode_kernel, given, values,
-        {"num_warps": shape.warps, "enable_fp_fusion": True}, unaligned=(*counts, "ks_token", "vs_token"),
-        hot=target == Target("cuda", 90),
-    )  # fmt: skip
+    values["ahead"] = ahead
+    label += f" rows {shape.rows} {pointer[1:]}{'' if ahead is None else ' overlap'}"
+    options = {"num_warps": shape.warps, "enable_fp_fusion": True} | launched(ahead)
+    unaligned = *counts, "ks_token", "vs_token"
+    return Variant(label, decode_kernel, given, values, options, unaligned, hot=target == Target("cuda", 90))
 
 
 # ----------------------------------------------------------------------------- wrapper

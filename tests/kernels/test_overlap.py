@@ -13,11 +13,15 @@ import early
 import pytest
 import torch
 from glm_kernels import (
+    accept,
+    append_attention,
+    decode_attention,
     dense_matmul,
     gelu,
     int4_matmul,
     int4_prepack,
     layer_norm,
+    likeliest,
     overlap,
     overlapping,
     rms_norm,
@@ -29,11 +33,14 @@ from harness import directly, gpu, kernel, needs_triton, put_in, rerun
 from torch import Tensor
 
 HOPPER = TARGETS[2]
-KERNELS = {  # file: its kernel, and what of its arguments are weights
-    "activations": ("activation_kernel", ()),
-    "norms": ("norm_kernel", ("weight", "bias")),
-    "dense_matmul": ("dense_kernel", ("weight", "norm")),
-    "packed_matmul": ("packed_kernel", ("words", "scales", "zeros", "norm")),
+KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # file: its kernels, and which arguments are weights
+    "acceptance": (("accept_kernel",), ()),
+    "activations": (("activation_kernel",), ()),
+    "choice": (("likeliest_part_kernel", "likeliest_join_kernel"), ()),
+    "decode": (("decode_kernel",), ()),
+    "norms": (("norm_kernel",), ("weight", "bias")),
+    "dense_matmul": (("dense_kernel",), ("weight", "norm")),
+    "packed_matmul": (("packed_kernel",), ("words", "scales", "zeros", "norm")),
 }
 MODULES: dict[str, Any] = {name: import_module(f"glm_kernels.{name}") for name in KERNELS}
 
@@ -105,7 +112,7 @@ class Watched:
 
 
 def everything() -> None:
-    """A launch of every kernel: activation, norms, products of both kinds."""
+    """A launch of every kernel: activation, norms, products of both kinds, attention, choice and acceptance."""
     x, w = torch.ones(2, 64, dtype=torch.float16), torch.ones(64, dtype=torch.float16)
     gelu(x, tanh=False)
     rms_norm(x, w, 1e-5, weight_first=True)
@@ -113,6 +120,11 @@ def everything() -> None:
     dense_matmul(x, torch.ones(32, 64, dtype=torch.float16))
     packed, scales = torch.zeros(32, 32, dtype=torch.uint8), torch.ones(32, 1, dtype=torch.float16)
     int4_matmul(x, *int4_prepack(packed, scales, None), group=64)
+    cache, one = torch.ones(2, 1, 9, 16, dtype=torch.float16), torch.ones(2, dtype=torch.int32)
+    append_attention(x[:, None], None, None, cache, cache.clone(), one, one)
+    decode_attention(cache[:, :, :1], cache, cache, one)
+    ids = likeliest(x)[:, None]
+    accept(ids, ids.clone(), one, one.clone(), one.long(), ids.clone(), ids.clone(), x > 2)
 
 
 @directly
@@ -122,11 +134,13 @@ def test_launches_say_so(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside the context, on a device that can, and nowhere else."""
     monkeypatch.setattr(overlap, "can_overlap", lambda device: can)
     watched = []
-    for name, (its, _) in KERNELS.items():
-        stand_in = Watched(getattr(MODULES[name], its))
-        watched.append(stand_in)
-        monkeypatch.setattr(MODULES[name], its, stand_in)
+    for name, (kernels, _) in KERNELS.items():
+        for its in kernels:
+            stand_in = Watched(getattr(MODULES[name], its))
+            watched.append(stand_in)
+            monkeypatch.setattr(MODULES[name], its, stand_in)
         monkeypatch.setattr(MODULES[name], "takes_kernel", lambda x: True)
+    monkeypatch.setattr(import_module("glm_kernels.append_attention"), "takes_kernel", lambda x: True)
     everything()
     with overlapping(3):
         everything()
@@ -291,6 +305,14 @@ MUTANTS = {  # name: file, what overlaps, kernel, what is replaced, by what, wha
         "norms", 0, "norm_kernel", "        wait()\n", "        if row > 0:\n            wait()\n", "bra",
     ),
     "no release": ("norms", 0, "norm_kernel", "        release()\n", "", "launch_dependents stands there 0 times"),
+    "a length read too early": (
+        "decode", 0, "decode_kernel", "        release()\n",
+        "        release()\n        program += tl.load(length)\n", "of length stands before",
+    ),
+    "parts joined too early": (
+        "choice", -1, "likeliest_join_kernel", "        release()\n        wait()\n", "        release()\n",
+        "wait stands there 0 times",
+    ),
     "another tensor fetched": ("norms", 0, "norm_kernel", "fetch(weight +", "fetch(x +", "of x stands before"),
     "x fetched by a product": (
         "dense_matmul", 0, "dense_kernel", "fetch_tiles(weight,", "fetch_tiles(x,", "of x stands before",
