@@ -605,6 +605,29 @@ def test_requests_are_served_as_they_come(toy: str) -> None:
     assert found["first"][1] == pytest.approx(second.came[0] - 0.05)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_nothing_is_recorded_or_known_when_the_first_request_comes(
+    batch: int, toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number of rows has had its step, so that no request waits for that, and no prompt was read before."""
+    before: list[set[Any]] = []
+    engines: list[Engine] = []
+    served = serve.served
+
+    def watched(engine: Engine, *rest: Any) -> list[int]:
+        before.append({rows for rows, _ in engine.recordings})
+        engines.append(engine)
+        assert not any(engine.seats.texts)
+        return served(engine, *rest)
+
+    monkeypatch.setattr(serve, "served", watched)
+    made = replace(small("serve", toy, batch=batch), rate=1000.0, count=6)
+    found = serve.measure(made, Place(CPU, rounds=1, steps=1))
+    assert found["sides"][OURS]["requests"] == 6
+    assert before == [{rows for rows in (1, 2, batch) if rows <= batch}]
+    assert {rows for rows, _ in engines[0].recordings} == before[0]
+
+
 def test_arrivals_are_drawn_from_a_seed(toy: str) -> None:
     made = replace(small("serve", toy, context=100), rate=5.0, count=2000)
     everybody = serve.guests(made)

@@ -1,7 +1,8 @@
 """Serving: requests arrive when they like, of any length, and are answered side by side.
 
 Arrivals are a Poisson process, prompts have a quarter of the context to all of it, answers 16 tokens to a quarter; all
-of it from one seed. A request waits from the moment it was due, whether or not the engine was ready to be asked.
+of it from one seed. A request waits from the moment it was due, whether or not the engine was ready to be asked. What
+is done once in a process, compiling kernels and recording the step of every number of rows, is done before.
 """
 
 import random
@@ -15,7 +16,7 @@ from glm.bench.cases import RuntimeCase
 from glm.bench.decode import CHECKED, WRITTEN
 from glm.bench.goals import OURS
 from glm.bench.prompts import prompts
-from glm.bench.sides import EngineSide, Maker, Setting, wait
+from glm.bench.sides import EngineSide, Maker, Prompts, Setting, wait
 from glm.bench.truth import Truth
 from glm.bench.turns import Place, admitted
 from glm.bench.weights import random_model
@@ -90,11 +91,20 @@ def measure(case: RuntimeCase, place: Place, maker: Maker = EngineSide) -> dict[
         return {"sides": found}
     side = sides[OURS]
     assert isinstance(side, EngineSide)
-    side.clear()
+    rehearse(side, [guest.prompt for guest in everybody])
     wait(place.device)
     queue = served(side.engine, everybody, time.perf_counter, time.sleep)
     found[OURS] = figures(everybody, queue)
     return {"tokens": sum(guest.tokens for guest in everybody), "sides": found}
+
+
+def rehearse(side: EngineSide, texts: Prompts) -> None:
+    """A step of 1, 2, 4 … rows up to all there are, behind as many of the prompts, of which nothing stays."""
+    most = side.engine.max_batch
+    for rows in sorted({min(2**power, most) for power in range(most.bit_length() + 1)}):
+        side.start([texts[row % len(texts)] for row in range(rows)])
+        side.step()
+    side.forget()
 
 
 def figures(everybody: Sequence[Guest], queue: Sequence[int]) -> dict[str, Any]:
