@@ -66,11 +66,14 @@ def blank_spec(
     )
 
 
-def native_spec(vocabulary: int = 30, layers: int = 2, groups: int = 2, each: int = 2, head_width: int = 8) -> Spec:
+def native_spec(
+    vocabulary: int = 30, layers: int = 2, groups: int = 2, each: int = 2, head_width: int = 8, width: int = 24,
+    inner: int = 20,
+) -> Spec:  # fmt: skip
     return chatglm2.build(
         layers=layers,
-        width=24,
-        inner=20,
+        width=width,
+        inner=inner,
         heads=groups * each,
         groups=groups,
         head_width=head_width,

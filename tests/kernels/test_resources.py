@@ -27,7 +27,7 @@ def test_every_variant_needs_what_the_table_says(everything: bool) -> None:
     for name, row in rows.items():
         for arch, (_, _, shared) in row.items():
             assert shared <= limits[arch], (name, arch)
-    if COMMITTED["versions"]["triton"] != version("triton"):  # 3.6 has one hot kernel spill 40 bytes
+    if COMMITTED["versions"]["triton"] != version("triton"):  # 3.6 has two hot kernels spill, 40 bytes and 8
         pytest.skip("registers are those of another version of Triton")
     hot = {(v.name, str(t.arch)) for m in resources.MODULES for t in TARGETS for v in m.variants(t) if v.hot}
     for name, row in rows.items():

@@ -42,6 +42,11 @@ def model() -> GLM:
     return model_of(native_spec(), 3)
 
 
+def wide_model(layers: int) -> GLM:
+    """One whose rows integers fit in groups of 128, with room for some hundred tokens: what a GPU is tried on."""
+    return model_of(native_spec(512, layers, groups=2, each=4, head_width=64, width=256, inner=384), 1)
+
+
 def run(engine: Engine, *requests: Request) -> None:
     """Step until all of them are over."""
     for _ in range(1000):
@@ -128,6 +133,14 @@ def test_weights_become_integers(weights: str) -> None:
     assert (engine.read(ids) - truth).abs().max() < 1e-12 * truth.abs().max()
     assert (before - truth).abs().max() > 1e-4
     assert engine.generate([ids], max_new_tokens=9) == glm.generate(twin, [ids], max_new_tokens=9)
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_a_model_for_a_gpu(weights: str | None) -> None:
+    """It takes integers of all kinds and overflows in no dtype, and what it says depends on what it was given."""
+    engine = Engine(wide_model(3).half(), max_batch=4, max_length=256, weights=weights)
+    new = engine.generate([[3, 4, 5], [6] * 40, [7, 8], [9]], max_new_tokens=60, stop=())
+    assert len({tuple(ids) for ids in new}) == 4
 
 
 @pytest.mark.parametrize("name", TOYS)

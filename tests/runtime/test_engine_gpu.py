@@ -4,7 +4,7 @@ import pytest
 import torch
 from glm_kernels.overlap import can_overlap
 from harness import gpu, judge
-from test_engine import generations, model, run
+from test_engine import generations, model, run, wide_model
 from test_generation import model_of, native_spec
 from texts import ALL, texts
 from two_processes import TOYS, made
@@ -52,8 +52,7 @@ def test_recorded_steps_give_the_tokens_of_the_pure_model(name: str) -> None:
 @pytest.mark.parametrize("weights", [None, "int8", "int4"])
 def test_a_replayed_step_is_the_step(dtype: torch.dtype, weights: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens of recorded steps are bit for bit those of the same steps launched one kernel at a time."""
-    spec = native_spec(vocabulary=512, layers=3, groups=2, each=4, head_width=64)
-    pure = model_of(spec, 1).to(CUDA, dtype)
+    pure = wide_model(3).to(CUDA, dtype)
     prompts = [[3, 4, 5], [6] * 40, [7, 8]]
     engine = Engine(pure, max_batch=4, max_length=256, weights=weights)
     new = engine.generate(prompts, max_new_tokens=60, stop=())
@@ -70,8 +69,7 @@ def test_overlapped_steps_give_the_same_tokens(weights: str | None) -> None:
     """Recorded and replayed many times, one row and several, bit for bit: a kernel that did not wait would show."""
     if not can_overlap(torch.device(CUDA, 0)):
         pytest.skip("needs compute capability 9.0")
-    spec = native_spec(vocabulary=512, layers=6, groups=2, each=4, head_width=64)
-    pure = model_of(spec, 1).to(CUDA, torch.bfloat16)
+    pure = wide_model(6).to(CUDA, torch.bfloat16)
     prompts = [[3, 4, 5], [6] * 40, [7, 8], [9]]
     for batch in (1, 4):
         plain = Engine(pure, max_batch=batch, max_length=256, weights=weights)
