@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import repeat
 
 import torch
 from glm_kernels import geglu, gelu
@@ -14,6 +15,7 @@ from glm.runtime.norms import FusedNorm
 from glm.runtime.wiring import Sublayer
 
 SWIGLU = ("silu", "identity")
+ROWS = 1024  # tokens of a prompt that an activation of its own is given: it holds the inner channels of them twice
 FUSED: dict[tuple[str, ...], Callable[[Tensor], Tensor]] = {
     ("gelu",): partial(gelu, tanh=False),
     ("gelu_tanh",): partial(gelu, tanh=True),
@@ -64,8 +66,12 @@ class FusedFeedForward:
 
     def __call__(self, h: Tensor, *, norm: FusedNorm | None, residual: Tensor | None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        x = self.up(h, norm=norm, swiglu=self.swiglu)
-        return self.down(x if self.swiglu else self.activate(x), residual=residual)
+        if self.swiglu:
+            return self.down(self.up(h, norm=norm, swiglu=True), residual=residual)
+        if h.shape[1] > ROWS:
+            some, added = h.split(ROWS, 1), repeat(None) if residual is None else residual.split(ROWS, 1)
+            return torch.cat([self(x, norm=norm, residual=r) for x, r in zip(some, added, strict=False)], dim=1)
+        return self.down(self.activate(self.up(h, norm=norm)), residual=residual)
 
 
 class FusedExperts:

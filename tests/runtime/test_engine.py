@@ -26,7 +26,7 @@ from glm.errors import CacheError, ConfigError, GenerationError, LayoutError
 from glm.layout import Blank, Causal, Layout, Mask
 from glm.linear import Linear, Weights
 from glm.positions import Rotation
-from glm.runtime import Request, attention, matrices, norms
+from glm.runtime import Request, attention, feed_forward, matrices, norms
 from glm.runtime.call import Call, Prompt
 
 LONG = 64
@@ -133,6 +133,30 @@ def test_weights_become_integers(weights: str) -> None:
     assert (engine.read(ids) - truth).abs().max() < 1e-12 * truth.abs().max()
     assert (before - truth).abs().max() > 1e-4
     assert engine.generate([ids], max_new_tokens=9) == glm.generate(twin, [ids], max_new_tokens=9)
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 11])
+def test_inner_channels_of_few_tokens_at_once(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are twice in memory, before and behind an activation."""
+    monkeypatch.setattr(feed_forward, "ROWS", 4)
+    pure = model_of(blank_spec(), 4)
+    engine = Engine(pure, max_length=LONG)
+    seen = []
+    for block in engine.composed.blocks:
+        sublayer = block.feed_forward
+        assert isinstance(sublayer, feed_forward.FusedFeedForward)
+
+        def watched(x: Tensor, activate: Any = sublayer.activate) -> Tensor:
+            seen.append(x.shape[1])
+            return activate(x)
+
+        sublayer.activate = watched
+    ids = [3] * tokens
+    with torch.inference_mode():
+        truth = pure(torch.tensor([ids]))[0]
+    assert (engine.read(ids) - truth).abs().max() < 1e-12 * truth.abs().max()
+    parts = [4] * (tokens // 4) + [tokens % 4] * (tokens % 4 > 0)
+    assert seen == parts * len(engine.composed.blocks)
 
 
 @pytest.mark.parametrize("weights", [None, "int8", "int4"])
