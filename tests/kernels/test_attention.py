@@ -67,7 +67,8 @@ def plainly(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, fused: bool) -> tup
 
 def differentiated(function: Any, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, dlse: Tensor) -> list[Tensor]:
     """y, lse, dq, dk, dv; where lse is -∞ nothing flows back."""
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    alone = [x.detach().clone(memory_format=torch.contiguous_format) for x in (q, k, v)]  # torch's kernels want it so
+    leaves = [x.requires_grad_() for x in alone]
     y, lse = function(*leaves)
     finite = lse.masked_fill(lse.isinf(), 0)
     grads = torch.autograd.grad([y, finite], leaves, [dy, dlse.to(lse.dtype)])
