@@ -56,6 +56,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from glm_kernels.counters import counters_for
 from glm_kernels.dispatch import Target, jit, takes_kernel, target, tl, triton
 from glm_kernels.operators import operator
 from glm_kernels.overlap import launched, overlaps, release, tiles_ahead, wait
@@ -413,26 +414,6 @@ def partial_of(q: Tensor, groups: int, splits: int, V: int) -> Partial:
     n = a.numel() // (V + 2)
     shape = B * groups, splits, H // groups * T
     return Partial(a[: n * V].view(*shape, V), a[n * V : n * (V + 1)].view(shape), a[n * (V + 1) :].view(shape))
-
-
-COUNTERS = 1 << 16
-counters: dict[tuple[torch.device, int], Tensor] = {}  # zero between calls: who finishes last sets them back
-
-
-def counters_for(x: Tensor, count: int) -> Tensor:
-    """So many counters of the current stream, whose kernels run one after the other.
-
-    Graphs that use them must not run at the same time as each other if they were captured on the same stream. Where
-    there are too few, or none yet while a graph is captured, whose memory is not ours to keep, they are made for one
-    call: that costs a launch.
-    """
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    key = (x.device, stream)
-    if count <= COUNTERS and key not in counters and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        counters[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
-    if count <= COUNTERS and key in counters:
-        return counters[key]
-    return torch.zeros(count, dtype=torch.int32, device=x.device)
 
 
 class New(NamedTuple):

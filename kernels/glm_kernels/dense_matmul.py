@@ -43,12 +43,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glm_kernels import activations
+from glm_kernels.counters import counters_for
 from glm_kernels.dispatch import INTERPRETED, Target, jit, takes_kernel, target, tl
 from glm_kernels.norms import rms_norm, rms_norm_reference
 from glm_kernels.operators import operator
 from glm_kernels.overlap import TILES, fetch, launched, overlaps, release, tiles_ahead, wait
 from glm_kernels.packed_matmul import matrix
-from glm_kernels.splits import COUNTERS, counter_for, join
+from glm_kernels.splits import join
 from glm_kernels.variants import POINTERS, Variant
 
 MOST_ROWS = 16  # of one matrix that the kernel takes
@@ -328,14 +329,14 @@ def launch(
     tiles = -(-inputs // shape.width)
     if splits is None:
         splits = splits_for(row_blocks * out_blocks, tiles, processors)
-    if experts or row_blocks * out_blocks > COUNTERS:
+    if experts:
         splits = 1
     each = -(-tiles // splits)
     splits = -(-tiles // each)
     partial = squares = counter = None
     if splits > 1:
         partial = x.new_empty(splits, N, height, dtype=torch.float32)
-        counter = counter_for(x)
+        counter = counters_for(x, row_blocks * out_blocks)
         if norm is not None:
             squares = x.new_empty(splits, out_blocks, N, dtype=torch.float32)
     padded = 1 << (experts - 1).bit_length() if experts else 0

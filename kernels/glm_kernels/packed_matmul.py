@@ -30,12 +30,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from glm_kernels.counters import counters_for
 from glm_kernels.dispatch import INTERPRETED, Target, jit, takes_kernel, target, tl, triton
 from glm_kernels.norms import rms_norm_reference
 from glm_kernels.operators import operator
 from glm_kernels.overlap import TILES, fetch, launched, overlaps, release, tiles_ahead, wait
 from glm_kernels.packing import CHUNK, Prepacked, as_bytes, dequantised, prepack, unprepack
-from glm_kernels.splits import COUNTERS, counter_for, join
+from glm_kernels.splits import join
 from glm_kernels.variants import POINTERS, Variant
 
 MOST_SPLITS = 16
@@ -333,13 +334,13 @@ def launch(
     if splits is None:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
         splits = 1 if experts else splits_for(shape, row_blocks * out_blocks, tiles, processors)
-    splits = 1 if experts or row_blocks * out_blocks > COUNTERS else splits
+    splits = 1 if experts else splits
     each = -(-tiles // splits)
     splits = -(-tiles // each)
     partial = squares = counter = None
     if splits > 1:
         partial = x.new_empty(splits, N, outputs * (1 + gated), dtype=torch.float32)
-        counter = counter_for(x)
+        counter = counters_for(x, row_blocks * out_blocks)
         if norm is not None:
             squares = x.new_empty(splits, out_blocks, N, dtype=torch.float32)
     padded, per_scale = 0, chunks_a_scale(group, inputs, bits)

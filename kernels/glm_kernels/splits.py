@@ -5,21 +5,7 @@ Always in the same order, first to last: the result does not depend on which of 
 [splits, blocks of outputs, N]: who adds them up is of the same block.
 """
 
-import torch
-from torch import Tensor
-
 from glm_kernels.dispatch import jit, tl
-
-COUNTERS = 1 << 16
-COUNTER: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def counter_for(x: Tensor) -> Tensor:
-    """Zeros, which every launch leaves as zeros: one for each stream, since those of one follow each other."""
-    key = x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    if key not in COUNTER:
-        COUNTER[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
-    return COUNTER[key]
 
 
 @jit

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from glm_kernels import append_attention, decode, decode_attention, dispatch, rotary_append
+from glm_kernels import append_attention, counters, decode, decode_attention, dispatch, rotary_append
 from glm_kernels.append_attention import append_attention_reference, launch_all
 from glm_kernels.decode import Shape
 from glm_kernels.rotary import FORMS, rotary_append_reference
@@ -98,7 +98,7 @@ def run(case: Case, x: dict[str, Any], way: str) -> list[Tensor]:
         y = Guarded((case.B, case.T, case.G * case.R, case.V), x["qkv"])
         form = {"shape": case.shape, "splits": case.splits, "last": case.last}
         launch_all(**given, **how, y=y.out, **form)
-        assert all((c == 0).all() for c in decode.counters.values()), "counters not set back"
+        assert all((c == 0).all() for c in counters.kept.values()), "counters not set back"
         result = y.written()
     else:
         result = (append_attention if way == "public" else append_attention_reference)(**given, **how)
@@ -266,7 +266,7 @@ TRIALS = [
 @pytest.mark.parametrize(("which", "name"), [(which, name) for which, faults in MUTANTS.items() for name in faults])
 def test_mutant_is_caught(which: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong, *times = MUTANTS[which][name]
-    monkeypatch.setattr(decode, "counters", {})
+    monkeypatch.setattr(counters, "kept", {})
     put_in(monkeypatch, tmp_path, decode, which, right, wrong, *times)
 
     def check_all() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from glm_kernels import counters, decode_attention, decode_latent_attention
 from glm_kernels import decode as module
-from glm_kernels import decode_attention, decode_latent_attention
 from glm_kernels.decode import Partial, Shape, decode_attention_reference, decode_latent_attention_reference
 from harness import (
     DEVICES,
@@ -123,7 +123,7 @@ def launched(case: Case, x: dict[str, Any]) -> Tensor:
     for buffer in buffers:
         assert (buffer[:MARGIN] == GUARD).all(), "written outside"
         assert (buffer[-MARGIN:] == GUARD).all(), "written outside"
-    assert all((c == 0).all() for c in module.counters.values()), "counters not set back"
+    assert all((c == 0).all() for c in counters.kept.values()), "counters not set back"
     return y.written()
 
 
@@ -326,7 +326,7 @@ TRIALS = [  # small cases that together find every one of them
 def test_mutant_is_caught(which: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong = MUTANTS[which][name]
     put_in(monkeypatch, tmp_path, module, which, right, wrong)
-    monkeypatch.setattr(module, "counters", {})
+    monkeypatch.setattr(counters, "kept", {})
 
     def check_all() -> None:
         for trial in TRIALS:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from glm_kernels import dense_matmul, dense_matmul_experts, splits
+from glm_kernels import counters, dense_matmul, dense_matmul_experts, splits
 from glm_kernels.dispatch import Target
 from glm_kernels.variants import TARGETS, compile
 from harness import (
@@ -110,7 +110,7 @@ def launched(case: Case, given: dict[str, Any]) -> Tensor:
         gated=case.swiglu, eps=given["eps"] or 0.0, shape=dense.Shape(case.path, outs, width, vector, 4, 2),
         splits=case.splits,
     )  # fmt: skip
-    assert all((counter == 0).all() for counter in splits.COUNTER.values())
+    assert all((c == 0).all() for c in counters.kept.values()), "counters not set back"
     return y.written()
 
 
@@ -329,7 +329,7 @@ def test_mutant_is_caught(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(dense, where, splits.join)
     else:
         put_in(monkeypatch, tmp_path, dense, where, right, wrong)
-    monkeypatch.setattr(splits, "COUNTER", {})
+    monkeypatch.setattr(counters, "kept", {})
     with pytest.raises(AssertionError):
         check_short()
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import glm_kernels
 import pytest
 import torch
-from glm_kernels import packed_matmul, packing, splits
+from glm_kernels import counters, packed_matmul, packing, splits
 from glm_kernels.dispatch import Target
 from glm_kernels.variants import TARGETS, compile
 from harness import DEVICES, DTYPES, INTERPRETED, directly, judge, kernel, needs_triton, put_in, rerun
@@ -307,7 +307,7 @@ def test_mutant_is_caught(bits: int, name: str, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(packed_matmul, "join", splits.join)
     else:
         put_in(monkeypatch, tmp_path, packed_matmul, where, right, wrong)
-    monkeypatch.setattr(splits, "COUNTER", {})
+    monkeypatch.setattr(counters, "kept", {})
 
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
         check_short(bits, NORMED if name in NORM_MUTANTS else SHORT)
